@@ -1,0 +1,1 @@
+"""A Firezone gateway: portal signalling, ICE, TURN, WireGuard, policy and NAT in one process."""

@@ -1,0 +1,1 @@
+"""The Linux host: TUN, UDP sockets, addresses, routes, nftables, sysctls, capabilities, resolver."""

@@ -1,0 +1,1 @@
+"""One connection per client: demultiplexing, candidates, path choice (spec connectivity chapters 1, 2, 4)."""
