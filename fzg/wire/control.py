@@ -157,6 +157,3 @@ def _domain(text: str) -> str:
     if not all(0 < len(label) <= _LABEL for label in name.split(".")):
         raise Malformed("domain has a label of 0 or more than 63 characters")
     return text
-
-
-assert _IPV6.size == IPV6_HEADER
