@@ -1,0 +1,348 @@
+"""The TUN device's link settings, addresses, policy rules and routes (spec tunnel 9.1, operations 1.13)."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
+from typing import Any, Final
+
+from pyroute2.netlink.rtnl import (
+    RTM_DELADDR,
+    RTM_DELROUTE,
+    RTM_DELRULE,
+    RTM_GETADDR,
+    RTM_GETROUTE,
+    RTM_GETRULE,
+    RTM_NEWADDR,
+    RTM_NEWLINK,
+    RTM_NEWROUTE,
+    RTM_NEWRULE,
+)
+from pyroute2.netlink.rtnl.fibmsg import fibmsg
+from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
+from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
+from pyroute2.netlink.rtnl.rtmsg import rtmsg
+
+from fzg.host.errors import HostError
+from fzg.host.netlink_socket import NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, NetlinkError, NetlinkSocket
+
+# Values of the specification (tunnel 1.1, 1.2, 1.4; operations 1.13).
+SOCKET_MARK: Final = 0xFD002021
+ROUTING_TABLE: Final = 0x2021FD00
+RULE_PRIORITY: Final = 100
+PEER_RANGE_IPV4: Final = IPv4Network("100.64.0.0/11")
+PEER_RANGE_IPV6: Final = IPv6Network("fd00:2021:1111::/107")
+MTU_BYTES: Final = 1280
+TX_QUEUE_PACKETS: Final = 10_000
+
+# Rules and tables that other gateways of this kind leave behind when they stop (operations 1.13).
+_FOREIGN_TABLES: Final = (ROUTING_TABLE + 1, ROUTING_TABLE + 2)
+
+_IFF_UP: Final = 0x1
+_ADDR_GEN_MODE_NONE: Final = 1
+_FR_ACT_TO_TBL: Final = 1
+_FIB_RULE_INVERT: Final = 0x2
+_RTPROT_KERNEL: Final = 2
+_RTPROT_STATIC: Final = 4
+_RTN_UNICAST: Final = 1
+_RT_TABLE_UNSPEC: Final = 0
+_RT_TABLE_LOCAL: Final = 255
+
+# A route this wide is a way to everywhere rather than a network of the host that ours would shadow.
+_WIDEST_OVERLAP: Final = {socket.AF_INET: 8, socket.AF_INET6: 48}
+_NAMED_OVERLAPS: Final = 3  # enough to recognise the network; an overlay may have one route per host
+
+_FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
+_NAME: Final = {socket.AF_INET: "IPv4", socket.AF_INET6: "IPv6"}
+_RANGE: Final[dict[int, IPv4Network | IPv6Network]] = {
+    socket.AF_INET: PEER_RANGE_IPV4,
+    socket.AF_INET6: PEER_RANGE_IPV6,
+}
+_BITS: Final = {socket.AF_INET: 32, socket.AF_INET6: 128}
+
+
+@dataclass(frozen=True, slots=True)
+class Configured:
+    """Which address families the device serves, and sentences for the log."""
+
+    ipv4: bool
+    ipv6: bool
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def configure_device(interface: str, ipv4: IPv4Address | None, ipv6: IPv6Address | None) -> Configured:
+    """Give the device these addresses and nothing else, bring it up and route the peer ranges to it; idempotent.
+
+    One family may fail (a host without IPv6). Raises HostError when the device is missing or neither family works.
+    """
+    index = _index(interface)
+    wanted: dict[int, IPv4Address | IPv6Address | None] = {socket.AF_INET: ipv4, socket.AF_INET6: ipv6}
+    failures: dict[int, str] = {}
+    warnings: list[str] = []
+    with NetlinkSocket(socket.NETLINK_ROUTE) as netlink:
+        _set_link(netlink, interface, index)
+        for family, address in wanted.items():
+            failures[family] = _set_address(netlink, index, family, address)
+        if any(not failure for failure in failures.values()):
+            _bring_up(netlink, interface, index)
+        for family in _FAMILIES:
+            failures[family] = failures[family] or _set_route(netlink, index, family)
+            if failures[family]:
+                _delete_rules(netlink, family, (ROUTING_TABLE,))
+            else:
+                warnings.extend(_set_rule(netlink, family))
+            _delete_rules(netlink, family, _FOREIGN_TABLES)
+    if all(failures.values()):
+        raise HostError(
+            f"{interface} has neither an IPv4 nor an IPv6 address, so no client can be served: {'; '.join(failures.values())}. "
+            "Enable IPv4 or IPv6 on this host and start the gateway again."
+        )
+    notes = [
+        f"Clients are served without {_NAME[family]}: {failure}."
+        for family, failure in failures.items()
+        if failure and wanted[family] is not None
+    ]
+    return Configured(not failures[socket.AF_INET], not failures[socket.AF_INET6], notes, warnings)
+
+
+def remove_rules_and_routes() -> None:
+    """Delete our policy rules and the routes of our table, in both families; idempotent, raises nothing for absent ones."""
+    with NetlinkSocket(socket.NETLINK_ROUTE) as netlink:
+        for family in _FAMILIES:
+            _delete_rules(netlink, family, (ROUTING_TABLE,))
+            for route in _routes(netlink, family, ROUTING_TABLE):
+                _delete_route(netlink, route)
+
+
+def overlap_warnings(interface: str) -> list[str]:
+    """A sentence per family in which the host has routes inside a range that our rule takes for the tunnel."""
+    sentences: list[str] = []
+    with NetlinkSocket(socket.NETLINK_ROUTE) as netlink:
+        for family in _FAMILIES:
+            found = list(dict.fromkeys(_overlaps(netlink, family, interface)))
+            if found:
+                listed = ", ".join(found[:_NAMED_OVERLAPS])
+                more = f" and {len(found) - _NAMED_OVERLAPS} more" if len(found) > _NAMED_OVERLAPS else ""
+                sentences.append(
+                    f"This host has a route to {listed}{more}, which overlaps {_RANGE[family]}, the range of the clients' "
+                    f"tunnel addresses: packets of this host into {_RANGE[family]} go to {interface} instead. "
+                    "Renumber that network, or run the gateway on a host that does not need to reach it."
+                )
+    return sentences
+
+
+def _index(interface: str) -> int:
+    try:
+        return socket.if_nametoindex(interface)
+    except OSError as error:
+        raise HostError(
+            f"The interface {interface} does not exist ({error.strerror}): it was removed while the gateway ran. "
+            "Start the gateway again."
+        ) from error
+
+
+def _set_link(netlink: NetlinkSocket, interface: str, index: int) -> None:
+    quiet = ifinfmsg()
+    quiet["index"] = index
+    quiet["attrs"] = [
+        ("IFLA_AF_SPEC", {"attrs": [("AF_INET6", {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", _ADDR_GEN_MODE_NONE)]})]})
+    ]
+    _forgive(netlink, quiet, RTM_NEWLINK)  # best effort: it only keeps a link-local address away
+    queue = ifinfmsg()
+    queue["index"] = index
+    queue["attrs"] = [("IFLA_TXQLEN", TX_QUEUE_PACKETS)]
+    _forgive(netlink, queue, RTM_NEWLINK)  # best effort: a short queue costs throughput only
+    size = ifinfmsg()
+    size["index"] = index
+    size["attrs"] = [("IFLA_MTU", MTU_BYTES)]
+    try:
+        netlink.request(size, RTM_NEWLINK)
+    except NetlinkError as error:
+        raise _refused(f"The MTU of {interface} cannot be set to {MTU_BYTES}", error) from error
+
+
+def _bring_up(netlink: NetlinkSocket, interface: str, index: int) -> None:
+    up = ifinfmsg()
+    up["index"], up["flags"], up["change"] = index, _IFF_UP, _IFF_UP
+    try:
+        netlink.request(up, RTM_NEWLINK)
+    except NetlinkError as error:
+        raise _refused(f"{interface} cannot be brought up", error) from error
+
+
+def _set_address(netlink: NetlinkSocket, index: int, family: int, address: IPv4Address | IPv6Address | None) -> str:
+    """Add the address, then delete all others of the family; why that failed, or nothing."""
+    failure = "" if address is not None else f"the portal assigned no {_NAME[family]} address"
+    if address is not None:
+        new = ifaddrmsg()
+        new["family"], new["index"], new["prefixlen"] = family, index, _BITS[family]
+        new["attrs"] = [("IFA_LOCAL", str(address)), ("IFA_ADDRESS", str(address))]
+        try:
+            netlink.request(new, RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE)
+        except NetlinkError as error:
+            failure = f"{address} could not be assigned ({error.strerror}{_hint(family, error)})"
+    for old in _addresses(netlink, index, family):
+        if failure or old.get_attr("IFA_ADDRESS") != str(address) or old["prefixlen"] != _BITS[family]:
+            _forgive(netlink, old, RTM_DELADDR)
+    return failure
+
+
+def _addresses(netlink: NetlinkSocket, index: int, family: int) -> list[Any]:
+    query = ifaddrmsg()
+    query["family"], query["index"] = family, index
+    try:
+        found = netlink.dump(query, RTM_GETADDR)
+    except NetlinkError:  # a kernel without the family
+        return []
+    return [address for address in found if address["index"] == index and address["family"] == family]
+
+
+def _set_route(netlink: NetlinkSocket, index: int, family: int) -> str:
+    """Make our table hold exactly the route to the peer range; why that failed, or nothing."""
+    target = _RANGE[family]
+    for route in _routes(netlink, family, ROUTING_TABLE):
+        if _destination(route) != target or route.get_attr("RTA_OIF") != index:
+            _delete_route(netlink, route)
+    new = rtmsg()
+    new["family"], new["dst_len"], new["table"] = family, target.prefixlen, _RT_TABLE_UNSPEC
+    new["proto"], new["scope"], new["type"] = _RTPROT_STATIC, 0, _RTN_UNICAST
+    new["attrs"] = [("RTA_DST", str(target.network_address)), ("RTA_OIF", index), ("RTA_TABLE", ROUTING_TABLE)]
+    try:
+        netlink.request(new, RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE)
+    except NetlinkError as error:
+        return f"the route to {target} could not be added ({error.strerror}{_hint(family, error)})"
+    return ""
+
+
+def _delete_route(netlink: NetlinkSocket, route: Any) -> None:
+    old = rtmsg()
+    old["family"], old["dst_len"], old["table"], old["scope"] = route["family"], route["dst_len"], 0, route["scope"]
+    old["attrs"] = [("RTA_TABLE", route.get_attr("RTA_TABLE")), ("RTA_DST", str(_destination(route).network_address))]
+    if route.get_attr("RTA_OIF"):
+        old["attrs"].append(("RTA_OIF", route.get_attr("RTA_OIF")))
+    _forgive(netlink, old, RTM_DELROUTE)
+
+
+def _routes(netlink: NetlinkSocket, family: int, table: int | None) -> list[Any]:
+    query = rtmsg()
+    query["family"] = family
+    if table is not None:
+        query["attrs"] = [("RTA_TABLE", table)]
+    try:
+        found = netlink.dump(query, RTM_GETROUTE)
+    except NetlinkError:  # a table that was never used, or a kernel without the family
+        return []
+    return [
+        route for route in found if route["family"] == family and (table is None or route.get_attr("RTA_TABLE") == table)
+    ]
+
+
+def _destination(route: Any) -> IPv4Network | IPv6Network:
+    default = "0.0.0.0" if route["family"] == socket.AF_INET else "::"  # noqa: S104 - a destination, nothing is bound
+    return ip_network((route.get_attr("RTA_DST") or default, route["dst_len"]), strict=False)
+
+
+def _overlaps(netlink: NetlinkSocket, family: int, interface: str) -> Iterator[str]:
+    target = _RANGE[family]
+    for route in _routes(netlink, family, None):
+        if route["dst_len"] < _WIDEST_OVERLAP[family] or route["type"] != _RTN_UNICAST:
+            continue
+        table = route.get_attr("RTA_TABLE")
+        if table == _RT_TABLE_LOCAL or ROUTING_TABLE <= table <= max(_FOREIGN_TABLES):
+            continue
+        destination = _destination(route)
+        output = _interface_name(route.get_attr("RTA_OIF"))
+        if output != interface and destination.overlaps(target):
+            yield f"{destination} by {output}" if output else str(destination)
+
+
+def _interface_name(index: int | None) -> str:
+    try:
+        return socket.if_indextoname(index) if index else ""
+    except OSError:
+        return ""
+
+
+def _set_rule(netlink: NetlinkSocket, family: int) -> list[str]:
+    """Route all but marked sockets by our table; warnings when the kernel has no policy routing."""
+    present = False
+    for rule in _rules(netlink, family, (ROUTING_TABLE,)):
+        if present or not _is_wanted(rule):
+            _forgive(netlink, rule, RTM_DELRULE)
+        else:
+            present = True
+    if present:
+        return []
+    rule = fibmsg()
+    rule["family"], rule["table"] = family, _RT_TABLE_UNSPEC
+    rule["action"], rule["flags"] = _FR_ACT_TO_TBL, _FIB_RULE_INVERT
+    rule["attrs"] = [
+        ("FRA_PRIORITY", RULE_PRIORITY),
+        ("FRA_FWMARK", SOCKET_MARK),
+        ("FRA_FWMASK", 0xFFFFFFFF),
+        ("FRA_TABLE", ROUTING_TABLE),
+        ("FRA_PROTOCOL", _RTPROT_KERNEL),
+    ]
+    try:
+        netlink.request(rule, RTM_NEWRULE, NLM_F_CREATE | NLM_F_EXCL)
+    except NetlinkError as error:
+        if error.errno == errno.EEXIST:
+            return []
+        return [
+            f"The {_NAME[family]} routing rule of priority {RULE_PRIORITY} could not be added ({error.strerror}), so answers do "
+            f"not find their way to clients. Use a kernel with policy routing, or route {_RANGE[family]} to the tunnel by hand."
+        ]
+    return []
+
+
+def _is_wanted(rule: Any) -> bool:
+    return (
+        rule.get_attr("FRA_PRIORITY") == RULE_PRIORITY
+        and bool(rule["flags"] & _FIB_RULE_INVERT)
+        and rule.get_attr("FRA_FWMASK") == 0xFFFFFFFF
+    )
+
+
+def _rules(netlink: NetlinkSocket, family: int, tables: tuple[int, ...]) -> list[Any]:
+    query = fibmsg()
+    query["family"] = family
+    try:
+        found = netlink.dump(query, RTM_GETRULE)
+    except NetlinkError:  # a kernel without the family or without policy routing
+        return []
+    return [
+        rule
+        for rule in found
+        if rule["family"] == family
+        and rule.get_attr("FRA_TABLE") in tables
+        and rule.get_attr("FRA_FWMARK") == SOCKET_MARK
+    ]
+
+
+def _delete_rules(netlink: NetlinkSocket, family: int, tables: tuple[int, ...]) -> None:
+    for rule in _rules(netlink, family, tables):
+        _forgive(netlink, rule, RTM_DELRULE)
+
+
+def _forgive(netlink: NetlinkSocket, message: Any, message_type: int) -> None:
+    """A step whose failure changes nothing that matters; what matters is checked where it is used."""
+    try:
+        netlink.request(message, message_type)
+    except NetlinkError:
+        return
+
+
+def _hint(family: int, error: NetlinkError) -> str:
+    if family == socket.AF_INET6 and error.errno in (errno.EACCES, errno.EOPNOTSUPP, errno.EAFNOSUPPORT):
+        return "; IPv6 is disabled on this host"
+    return ""
+
+
+def _refused(what: str, error: NetlinkError) -> HostError:
+    if error.errno == errno.EPERM:
+        return HostError(f"{what} ({error.strerror}). Run the gateway as root or with CAP_NET_ADMIN.")
+    return HostError(f"{what} ({error.strerror}). Remove what holds the interface and start the gateway again.")
