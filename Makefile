@@ -1,0 +1,64 @@
+# Every target does its own set-up: system packages (by apt-get, as root), a virtual environment from the lock file.
+.DEFAULT_GOAL := help
+SHELL := /bin/sh
+
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { command -v $$p; break; }; done)
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+GATEWAY ?= $(PY) -m fzg
+ONLY ?=
+PYTEST := $(PY) -m pytest
+
+LAB_PACKAGES := ip=iproute2 nft=nftables turnserver=coturn iperf3=iperf3 curl=curl openssl=openssl setpriv=util-linux
+TEST_PACKAGES := $(LAB_PACKAGES) setcap=libcap2-bin ping=iputils-ping
+BINARY_PACKAGES := objdump=binutils
+
+.PHONY: help demo test test-all soak lint bench binary lock clean
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(READY) ## the gateway at work in a laboratory of its own (GATEWAY=dist/firezone-gateway for the frozen file)
+	@packaging/require $(LAB_PACKAGES) || echo "going on without them" >&2
+	@$(PY) -m tests.lab demo --gateway "$(GATEWAY)"
+
+test: $(READY) ## all tests that fit into a quarter of an hour
+	@packaging/require $(TEST_PACKAGES)
+	$(PYTEST) -m "not long"
+
+test-all: $(READY) ## all tests
+	@packaging/require $(TEST_PACKAGES)
+	$(PYTEST)
+
+lint: $(READY) ## ruff, mypy and the layers
+	$(VENV)/bin/ruff check fzg tests
+	$(VENV)/bin/ruff format --check fzg tests
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+bench: $(READY) ## figures as a table and as build/bench.json (ONLY=tcp1,connect_ms for some)
+	@packaging/require $(LAB_PACKAGES)
+	@$(PY) -m tests.bench $(if $(ONLY),--only $(ONLY))
+
+binary: $(READY) ## dist/firezone-gateway, one file
+	@packaging/require $(BINARY_PACKAGES)
+	PYTHONHASHSEED=0 SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct 2>/dev/null || echo 0) \
+		$(VENV)/bin/pyinstaller --noconfirm --log-level WARN --distpath dist --workpath build/pyinstaller firezone_gateway.spec
+	@ls -l dist/firezone-gateway
+
+lock: ## write requirements.lock anew from pyproject.toml
+	$(VENV)/bin/pip install -q pip-tools
+	$(VENV)/bin/pip-compile -q --extra dev --extra build --generate-hashes --allow-unsafe --strip-extras \
+		--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options -o requirements.lock pyproject.toml
+
+clean: ## remove what the other targets made
+	rm -rf $(VENV) build dist .cache
+
+$(READY): requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install it, or say PYTHON=path" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || packaging/require /nonexistent=python3-venv
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q --require-hashes -r requirements.lock
+	$(PY) -m pip install -q --no-deps --no-build-isolation -e .
+	@touch $@

@@ -1,0 +1,268 @@
+"""The command line (spec operations 1.1 to 1.5): options and variables to `Settings`, errors to one line."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import click
+
+from fzg import settings as s
+from fzg.ops import logs
+from fzg.secret import Secret
+from fzg.settings import LogFormat, Masquerade, Offloads, SettingError, Settings
+from fzg.version import VERSION
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+T = TypeVar("T")
+
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+
+
+class _Parsed(click.ParamType):
+    """A click type around one of the parsers of `fzg.settings`."""
+
+    def __init__(self, name: str, parse: Callable[[str], object]) -> None:
+        self.name = name
+        self._parse = parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return self._parse(value)
+        except SettingError as error:
+            self.fail(str(error), param, ctx)
+
+
+class _OnceOption(click.Option):
+    """An option that may stand once only, and whose flag form reads our words for true and false."""
+
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        super().add_to_parser(parser, ctx)
+        for name in (*self.opts, *self.secondary_opts):
+            option = parser._long_opt.get(name) or parser._short_opt.get(name)  # noqa: SLF001 - click has no hook for this
+            if option is not None:
+                _refuse_repetition(option, name)
+
+    def value_from_envvar(self, ctx: click.Context) -> Any:
+        value = self.resolve_envvar_value(ctx)
+        if value is None or not self.is_flag:
+            return value
+        try:
+            return s.parse_flag(value)
+        except SettingError as error:
+            raise click.BadParameter(f"{self.envvar}: {error}", ctx=ctx, param=self) from error
+
+
+def _refuse_repetition(option: Any, name: str) -> None:
+    process = option.process
+
+    def once(value: Any, state: Any) -> None:
+        if option.dest in state.opts:
+            raise click.UsageError(f"the option {name} stands more than once")
+        process(value, state)
+
+    option.process = once
+
+
+def _option(*names: str, env: str | None = None, **attributes: Any) -> Callable[[T], T]:
+    """An option; its help names the variable but never shows a value, which may be a secret (operations 1.1)."""
+    if env is not None and "help" in attributes:
+        attributes["help"] += f" [env: {env}]"
+    return click.option(*names, cls=_OnceOption, envvar=env, **attributes)  # type: ignore[return-value]
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("token", required=False, metavar="[TOKEN]")
+@_option("-u", "--api-url", env="FIREZONE_API_URL", default=s.DEFAULT_API_URL, metavar="URL", hidden=True)
+@_option(
+    "-n",
+    "--firezone-name",
+    env="FIREZONE_NAME",
+    metavar="NAME",
+    help="Name shown in the portal. Default: the host name.",
+)
+@_option(
+    "-i",
+    "--firezone-id",
+    env="FIREZONE_ID",
+    metavar="ID",
+    help="Stable identity of this gateway. Default: derived from the machine.",
+)
+@_option(
+    "--no-telemetry",
+    is_flag=True,
+    env="FIREZONE_NO_TELEMETRY",
+    help="Accepted and without effect: no telemetry is ever sent.",
+)
+@_option("--no-check", is_flag=True, help="Skip the check for root or CAP_NET_ADMIN.")
+@_option(
+    "--health-check-addr",
+    env="HEALTH_CHECK_ADDR",
+    default=s.DEFAULT_HEALTH_ADDRESS,
+    type=_Parsed("IP:PORT", s.parse_socket_address),
+    metavar="IP:PORT",
+    help="Where /healthz and /readyz listen. Default: 0.0.0.0:8080.",
+)
+@_option(
+    "--log-format",
+    env="FIREZONE_LOG_FORMAT",
+    default="human",
+    type=click.Choice([str(f) for f in LogFormat]),
+    help="Format of log lines.",
+)
+@_option(
+    "--flow-logs",
+    is_flag=True,
+    env="FIREZONE_FLOW_LOGS",
+    help="Track flows and print them, whatever the portal says.",
+)
+@_option(
+    "--metrics",
+    env="FIREZONE_METRICS",
+    default="sentry",
+    type=click.Choice(["stdout", "otel-collector", "sentry"]),
+    hidden=True,
+)
+@_option("--otlp-grpc-endpoint", env="OTLP_GRPC_ENDPOINT", metavar="HOST:PORT", hidden=True)
+@_option("--validate-checksums", is_flag=True, env="FIREZONE_VALIDATE_CHECKSUMS", hidden=True)
+@_option(
+    "--no-inc-buf",
+    is_flag=True,
+    env="FIREZONE_NO_INC_BUF",
+    help="Leave net.core.rmem_max and wmem_max alone.",
+)
+@_option(
+    "--masquerade",
+    env="FIREZONE_MASQUERADE",
+    default="auto",
+    type=click.Choice([str(m) for m in Masquerade]),
+    help="Translate clients' addresses to the host's.",
+)
+@_option(
+    "-m",
+    "--max-partition-time",
+    env="FIREZONE_MAX_PARTITION_TIME",
+    default=s.DEFAULT_MAX_PARTITION_TIME,
+    type=_Parsed("DURATION", s.parse_duration),
+    metavar="DURATION",
+    help="How long to serve on without the portal, e.g. 5m, 1h, 30d. Default: 24h.",
+)
+@_option(
+    "--tun-fd", type=int, hidden=True, help="Use this inherited descriptor (virtio framing) instead of a TUN device."
+)
+@click.version_option(VERSION, "-V", "--version", prog_name="firezone-gateway", message="%(prog)s %(version)s")
+def command(**options: Any) -> None:
+    """Let Firezone clients reach the resources of this network.
+
+    TOKEN is the site's or gateway's token; better put it into FIREZONE_TOKEN, or into the systemd credential of that
+    name, since arguments are visible to every user of the host.
+    """
+    raise SystemExit(_run(options, os.environ))
+
+
+def main() -> NoReturn:
+    """Run the command line; usage errors exit 2, every other failure 1."""
+    for name in ("FIREZONE_ID", "HEALTH_CHECK_ADDR", "FIREZONE_LOG_FORMAT", "FIREZONE_METRICS", "FIREZONE_MASQUERADE"):
+        if os.environ.get(name) == "":  # set but empty means unset for these: an empty id or word has no meaning
+            del os.environ[name]
+    command.main(prog_name="firezone-gateway", standalone_mode=True)
+    sys.exit(0)
+
+
+def _run(options: Mapping[str, Any], environment: Mapping[str, str]) -> int:
+    from fzg.host import capabilities
+
+    if not options["no_check"] and options["tun_fd"] is None and not capabilities.may_administer_network():
+        click.echo(capabilities.REMEDY, err=True)
+        return EXIT_FAILURE
+    try:
+        logs.configure(
+            json_lines=options["log_format"] == LogFormat.JSON,
+            directives=environment.get("RUST_LOG"),
+            flow_logs=options["flow_logs"],
+        )
+    except logs.FilterError as error:
+        click.echo(f"firezone-gateway: the log filter RUST_LOG cannot be used: {error}", err=True)
+        return EXIT_FAILURE
+    logs.announce()
+    from fzg.app import App, FatalError
+
+    try:
+        settings = _settings(options, environment)
+        return App(settings).run()
+    except FatalError as error:
+        logs.fatal(error)
+        return EXIT_FAILURE
+
+
+def _settings(options: Mapping[str, Any], environment: Mapping[str, str]) -> Settings:
+    from fzg.app import FatalError
+    from fzg.portal import identity
+
+    try:
+        firezone_id = identity.firezone_id(options["firezone_id"])
+    except identity.IdentityError as error:
+        raise FatalError(str(error)) from error
+    flag = {name: s.parse_flag(environment.get(name, "")) for name in
+            ("FIREZONE_NO_UDP_GSO", "FIREZONE_NO_UDP_GRO", "FIREZONE_NO_TUN_OFFLOAD")}  # fmt: skip
+    return Settings(
+        token=_token(options["token"], environment),
+        firezone_id=firezone_id,
+        api_url=options["api_url"],
+        name=options["firezone_name"] or _host_name(),
+        health_address=options["health_check_addr"],
+        max_partition_time=options["max_partition_time"],
+        masquerade=Masquerade(options["masquerade"]),
+        flow_logs=options["flow_logs"],
+        validate_checksums=options["validate_checksums"],
+        increase_buffers=not options["no_inc_buf"],
+        udp_send_buffer=s.parse_size(environment.get("FIREZONE_UDP_SEND_BUFFER_SIZE")),
+        udp_receive_buffer=s.parse_size(environment.get("FIREZONE_UDP_RECV_BUFFER_SIZE")),
+        offloads=Offloads(
+            udp_gso=not flag["FIREZONE_NO_UDP_GSO"],
+            udp_gro=not flag["FIREZONE_NO_UDP_GRO"],
+            tun=not flag["FIREZONE_NO_TUN_OFFLOAD"],
+        ),
+        tun_fd=options["tun_fd"],
+    )
+
+
+def _token(argument: str | None, environment: Mapping[str, str]) -> Secret[str]:
+    """Argument, variable, systemd credential, in that order (operations 1.4)."""
+    from fzg.app import FatalError
+
+    if argument is not None:
+        return Secret(argument)
+    if "FIREZONE_TOKEN" in environment:
+        return Secret(environment["FIREZONE_TOKEN"])
+    directory = environment.get("CREDENTIALS_DIRECTORY")
+    if directory is not None:
+        try:
+            return Secret((Path(directory) / "FIREZONE_TOKEN").read_text().strip())
+        except OSError as error:
+            raise FatalError(
+                f"no token: the systemd credential {error.filename} cannot be read ({error.strerror}); give the token"
+                " as argument, in the variable FIREZONE_TOKEN or as the systemd credential FIREZONE_TOKEN"
+            ) from error
+    raise FatalError(
+        "no token: give it as argument, in the variable FIREZONE_TOKEN, or as the systemd credential FIREZONE_TOKEN"
+        " (CREDENTIALS_DIRECTORY is not set)"
+    )
+
+
+def _host_name() -> str:
+    try:
+        name = socket.gethostname()
+        name.encode()
+    except (OSError, UnicodeError):
+        name = ""
+    return name or str(uuid.uuid4())

@@ -1,0 +1,404 @@
+"""The core: joins portal, node and tunnel. Every rule that needs two of them is here; no I/O, no clock."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, deque
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address
+from typing import TYPE_CHECKING, assert_never
+
+from fzg.ice.agent import Credentials
+from fzg.node.node import ConnectionEstablished, ConnectionFailed, Node, NoRelayAvailableError, RelaysExhausted
+from fzg.node.signalling import CandidateMessage
+from fzg.portal import messages
+from fzg.sansio import Deadline, Transmit, earliest
+from fzg.tunnel import filters, resources
+from fzg.tunnel.tunnel import (
+    ClientEmpty,
+    ClientGone,
+    Consumed,
+    Deliver,
+    Drop,
+    Forward,
+    Reply,
+    ResolveDomain,
+    Revoked,
+    SendToClient,
+    Tunnel,
+)
+from fzg.turn.events import Relay
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fzg.dataplane.engine import Engine
+    from fzg.tunnel.tunnel import Flow
+    from fzg.wire.endpoint import Endpoint
+
+_LOG = logging.getLogger(__name__)
+
+# An authorization that comes before any relay has answered waits this long (connectivity D6): a relay answers within
+# its round trip, and the client waits 15 s for us, so a second costs nothing and saves the client a retry.
+RELAY_WAIT = 1.0  # s
+NO_RELAYS_INTERVAL = 1.0  # s between two requests for relays (turn 4.5)
+# The portal sends one authorization per request of a client; more than this waiting at once is a portal gone wild.
+MAX_WAITING_AUTHORIZATIONS = 1000
+SWEEP_INTERVAL = 1.0  # s between reports of what flows carried (design 4)
+FAR_FUTURE = 86_400.0  # s: what an expiry that no clock can hold becomes (tunnel 5.7)
+MAX_UNIX_TIME = 1 << 40  # s: beyond this an expiry is not a date (year 36,000)
+
+
+@dataclass(frozen=True, slots=True)
+class SendToPortal:
+    """A message for the portal, in order."""
+
+    message: messages.Outbound
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigureHost:
+    """`init` names the tunnel addresses: the TUN device must carry them."""
+
+    ipv4: IPv4Address
+    ipv6: IPv6Address
+
+
+@dataclass(frozen=True, slots=True)
+class Resolve:
+    """A domain to resolve for a client; answer with `handle_resolved`."""
+
+    request: int
+    domain: str
+
+
+GatewayEvent = SendToPortal | ConfigureHost | Resolve
+
+
+class Gateway:
+    """Inputs: portal messages, engine items, resolved names, time. Outputs: datagrams, portal messages, requests."""
+
+    def __init__(self, *, node: Node, tunnel: Tunnel, engine: Engine, unix_offset: float, now: float) -> None:
+        self.node = node
+        self.tunnel = tunnel
+        self.engine = engine
+        self.counters: Counter[str] = Counter()
+        self._unix_offset = unix_offset
+        self._handles: dict[str, int] = {}
+        self._clients: dict[int, str] = {}
+        self._next_handle = 1
+        self._waiting: deque[tuple[float, messages.CreateAuthorization]] = deque()
+        self._joined = False
+        self._no_relays_pending = False
+        self._no_relays_at = float("-inf")
+        self._sweep_at = now + SWEEP_INTERVAL
+        self._events: deque[GatewayEvent] = deque()
+
+    # -- portal
+
+    def handle_portal_connected(self, now: float) -> None:
+        """The channel is joined: what was held back goes out."""
+        self._joined = True
+        self.node.signalling.release()
+        self._settle(now)
+
+    def handle_portal_disconnected(self, now: float) -> None:
+        """Candidates are held back from now on; tunnels run on (portal 1.14)."""
+        self._joined = False
+        self.node.signalling.hold()
+        self._settle(now)
+
+    def handle_portal_message(self, message: messages.Inbound, now: float) -> None:
+        """One message, to completion."""
+        match message:
+            case messages.Init():
+                self._handle_init(message, now)
+            case messages.CreateAuthorization():
+                self._authorize(message, now, wait=True)
+            case messages.IceCandidates():
+                for text in message.candidates:
+                    self.node.add_remote_candidate(message.client_id, text, now)
+            case messages.InvalidateIceCandidates():
+                for text in message.candidates:
+                    self.node.remove_remote_candidate(message.client_id, text, now)
+            case messages.RejectAccess():
+                self.tunnel.reject(message.client_id, message.resource_id, now)
+            case messages.RelaysPresence():
+                self.node.update_relays(message.disconnected_ids, [_relay(relay) for relay in message.connected], now)
+            case messages.ResourceUpdated():
+                self.tunnel.update_filters(_resource(message.resource))
+            case messages.AccessAuthorizationExpiryUpdated():
+                expires = self._deadline(message.expires_at, now)
+                self.tunnel.set_expiry(message.client_id, message.resource_id, expires, now)
+        self._settle(now)
+
+    def handle_unwritten(self, message: messages.Outbound) -> None:
+        """The socket died before a candidate message was written: keep it for the next connection (portal 2.10)."""
+        match message:
+            case messages.BroadcastIceCandidates(client_ids=(client_id,), candidates=candidates):
+                self.node.signalling.give_back(CandidateMessage(client_id, added=True, candidates=candidates))
+            case messages.BroadcastInvalidatedIceCandidates(client_ids=(client_id,), candidates=candidates):
+                self.node.signalling.give_back(CandidateMessage(client_id, added=False, candidates=candidates))
+
+    # -- packets
+
+    def handle_datagram(self, payload: bytes, source: Endpoint, local: Endpoint, now: float) -> None:
+        """A datagram that the engine did not settle."""
+        self.node.handle_datagram(payload, source, local, now)
+        self._settle(now)
+
+    def handle_session_confirmed(self, local_index: int, now: float) -> None:
+        """The first data packet of a session arrived."""
+        self.node.handle_session_confirmed(local_index, now)
+        self._settle(now)
+
+    def handle_inner_packet(self, peer: int, packet: bytes, ecn: int, now: float) -> None:
+        """A decrypted packet without a flow: decide, and install a flow for those that follow (tunnel 3)."""
+        client_id = self._clients.get(peer)
+        if client_id is None:
+            self.counters["inner packet of an unknown peer"] += 1
+            return
+        self.node.note_activity(client_id, now)
+        match self.tunnel.handle_inner_packet(client_id, packet, ecn, now):
+            case Forward(packet=forwarded, flow=flow):
+                self.engine.write_tun(forwarded)
+                self._install(peer, flow, inbound=True)
+            case Reply(packet=reply):
+                self._send(client_id, reply, now)
+            case Drop(reason=reason):
+                self.counters[f"from client: {reason}"] += 1
+            case Consumed():
+                pass
+        self._settle(now)
+
+    def handle_outbound_packet(self, packet: bytes, now: float) -> None:
+        """A packet from the TUN without a flow (tunnel 4)."""
+        match self.tunnel.handle_tun_packet(packet, now):
+            case Deliver(client_id=client_id, packet=delivered, flow=flow):
+                self._send(client_id, delivered, now)
+                handle = self._handles.get(client_id)
+                if handle is not None:
+                    self._install(handle, flow, inbound=False)
+            case Drop(reason=reason):
+                self.counters[f"to client: {reason}"] += 1
+        self._settle(now)
+
+    def handle_flow_report(self, token: int, packets: int, payload_bytes: int, last_packet: float) -> None:
+        """What a flow carried in the engine."""
+        self.tunnel.handle_flow_report(token, packets, payload_bytes, last_packet)
+
+    def handle_resolved(self, request: int, addresses: Sequence[IPv4Address | IPv6Address] | None, now: float) -> None:
+        """The answer to `Resolve`; None when it took too long."""
+        self.tunnel.handle_resolved(request, addresses, now)
+        self._settle(now)
+
+    # -- time
+
+    def handle_clock_step(self, delta: float, now: float) -> None:
+        """The wall clock jumped against CLOCK_BOOTTIME: deadlines move with it, forward only (spec README)."""
+        self._unix_offset += delta
+        if delta > 0:
+            self.tunnel.handle_clock_step(delta)
+        self._settle(now)
+
+    def handle_timeout(self, now: float) -> None:
+        """Connection layer, then tunnel, then what waits for a relay (tunnel 11.1)."""
+        self.node.handle_timeout(now)
+        if now >= self._sweep_at:
+            self._sweep_at = now + SWEEP_INTERVAL
+            for report in self.engine.sweep(now):
+                self.handle_flow_report(*report)
+        self.tunnel.handle_timeout(now)
+        self._settle(now)
+
+    def poll_timeout(self) -> Deadline | None:
+        """The soonest deadline of all parts."""
+        waiting = Deadline(self._waiting[0][0], "authorization waits for a relay") if self._waiting else None
+        no_relays: Deadline | None = None
+        if self._no_relays_pending and self._joined:
+            no_relays = Deadline(self._no_relays_at + NO_RELAYS_INTERVAL, "no_relays")
+        return earliest(
+            self.node.poll_timeout(),
+            self.tunnel.poll_timeout(),
+            Deadline(self._sweep_at, "flow sweep"),
+            waiting,
+            no_relays,
+        )
+
+    # -- output
+
+    def poll_transmit(self) -> Transmit | None:
+        """The next datagram."""
+        return self.node.poll_transmit()
+
+    def poll_event(self) -> GatewayEvent | None:
+        """What the process must do."""
+        return self._events.popleft() if self._events else None
+
+    def shutdown(self, now: float) -> None:
+        """Goodbye to all clients; drain `poll_transmit` afterwards."""
+        self.node.shutdown(now)
+
+    # -- inside
+
+    def _handle_init(self, init: messages.Init, now: float) -> None:
+        """The order of portal 2.2; relays first, since everything else can wait for their round trip."""
+        self._no_relays_pending = False
+        self.node.update_relays((), [_relay(relay) for relay in init.relays], now)
+        interface = init.interface
+        self.tunnel.set_gateway_addresses(interface.ipv4, interface.ipv6)
+        if init.authorizations is not None:
+            granted: dict[str, dict[str, float | None]] = {}
+            for entry in init.authorizations:
+                granted.setdefault(entry.client_id, {})[entry.resource_id] = self._deadline(entry.expires_at, now)
+            self.tunnel.retain(granted, now)
+        self._events.append(ConfigureHost(IPv4Address(interface.ipv4), IPv6Address(interface.ipv6)))
+
+    def _authorize(self, message: messages.CreateAuthorization, now: float, *, wait: bool) -> None:
+        """Connection first, then access, then the acknowledgement; candidates follow it (portal 2.4)."""
+        client = message.client
+        if message.use_iceless:
+            _LOG.warning("Authorization skipped: it asks for ICE-less mode, which was not offered cid=%s", client.id)
+            return
+        handle = self._handles.get(client.id, self._next_handle)
+        try:
+            self.node.upsert(
+                client.id,
+                handle=handle,
+                public_key=client.public_key,
+                preshared_key=client.preshared_key,
+                local=Credentials(message.gateway_ice_credentials.username, message.gateway_ice_credentials.password),
+                remote=Credentials(message.client_ice_credentials.username, message.client_ice_credentials.password),
+                now=now,
+            )
+        except NoRelayAvailableError:
+            if wait and self.node.relays.is_probing and len(self._waiting) < MAX_WAITING_AUTHORIZATIONS:
+                self._waiting.append((now + RELAY_WAIT, message))
+            else:
+                _LOG.info("Authorization refused: no relay has answered yet cid=%s", client.id)
+                self._no_relays_pending = True
+            return
+        if client.id not in self._handles:
+            self._handles[client.id] = handle
+            self._clients[handle] = client.id
+            self._next_handle += 1
+        expires = None if message.expires_at is None else self._deadline(message.expires_at, now)
+        self.tunnel.grant(client.id, client.ipv4, client.ipv6, _resource(message.resource), expires, now)
+        _LOG.info(
+            "Access allowed cid=%s rid=%s expires_in=%s",
+            client.id,
+            message.resource.id,
+            "never" if expires is None else f"{expires - now:.0f}s",
+        )
+        self._tell_portal(message.acknowledgement())
+
+    def _settle(self, now: float) -> None:
+        """Drain what the parts have for each other, then what is for the portal: candidates last (portal 2.10)."""
+        progress = True
+        while progress:
+            progress = False
+            while (tunnel_event := self.tunnel.poll_event()) is not None:
+                progress = True
+                match tunnel_event:
+                    case Revoked(client_id=client_id):
+                        if (handle := self._handles.get(client_id)) is not None:
+                            self.engine.revoke(handle)
+                    case SendToClient(client_id=client_id, packet=packet):
+                        self._send(client_id, packet, now)
+                    case ResolveDomain(request=request, domain=domain):
+                        self._events.append(Resolve(request, domain))
+                    case ClientEmpty(client_id=client_id):
+                        _LOG.info("Connection closed: no authorization is left cid=%s", client_id)
+                        self.node.close(client_id, now)
+                        self._forget(client_id)
+                    case ClientGone(client_id=client_id):
+                        _LOG.info("Connection closed: goodbye received cid=%s", client_id)
+                        self.node.drop(client_id)
+                        self._forget(client_id)
+            while (node_event := self.node.poll_event()) is not None:
+                progress = True
+                match node_event:
+                    case RelaysExhausted():
+                        _LOG.info("The last relay is gone, asking the portal for others")
+                        self._no_relays_pending = True
+                    case ConnectionEstablished() | ConnectionFailed():
+                        pass
+            progress |= self._retry_waiting(now)
+        if self._no_relays_pending and self._joined and now >= self._no_relays_at + NO_RELAYS_INTERVAL:
+            self._no_relays_pending = False
+            self._no_relays_at = now
+            self._tell_portal(messages.NoRelays())
+        for batch in self.node.drain_candidates():
+            broadcast = messages.BroadcastIceCandidates if batch.added else messages.BroadcastInvalidatedIceCandidates
+            self._tell_portal(broadcast(client_ids=(batch.client_id,), candidates=batch.candidates))
+
+    def _retry_waiting(self, now: float) -> bool:
+        """Authorizations that wait for a relay: take them all up when one has answered, give up on the overdue."""
+        if not self._waiting or (self.node.relays.sample(now) is None and now < self._waiting[0][0]):
+            return False
+        waiting, self._waiting = self._waiting, deque()
+        for deadline, message in waiting:
+            if now >= deadline or self.node.relays.sample(now) is not None:
+                self._authorize(message, now, wait=False)
+            else:
+                self._waiting.append((deadline, message))
+        return True
+
+    def _send(self, client_id: str, packet: bytes, now: float) -> None:
+        reason = self.node.send(client_id, packet, now)
+        if reason is not None:
+            self.counters[f"to client: {reason}"] += 1
+
+    def _install(self, handle: int, flow: Flow | None, *, inbound: bool) -> None:
+        if flow is not None:
+            self.engine.install_flow(
+                handle, flow.key, inbound=inbound, rewrite=flow.rewrite, valid_until=flow.valid_until, token=flow.token
+            )
+
+    def _forget(self, client_id: str) -> None:
+        handle = self._handles.pop(client_id, None)
+        if handle is not None:
+            del self._clients[handle]
+
+    def _tell_portal(self, message: messages.Outbound) -> None:
+        self._events.append(SendToPortal(message))
+
+    def _deadline(self, expires_at: int, now: float) -> float:
+        """Unix seconds as a moment of our clock (tunnel 5.7)."""
+        if expires_at > MAX_UNIX_TIME:
+            return now + FAR_FUTURE
+        return expires_at - self._unix_offset
+
+
+def _relay(relay: messages.Relay) -> Relay:
+    return Relay(id=relay.id, ipv4=relay.ipv4, ipv6=relay.ipv6, username=relay.username, password=relay.password)
+
+
+def _resource(resource: messages.Resource) -> resources.Resource:
+    match resource:
+        case messages.CidrResource():
+            return resources.CidrResource(
+                resource.id, resource.address.network, _filters(resource.filters), resource.name
+            )
+        case messages.DnsResource():
+            return resources.DnsResource(resource.id, resource.address, _filters(resource.filters), resource.name)
+        case messages.InternetResource():
+            return resources.InternetResource(resource.id)
+        case _:
+            assert_never(resource)
+
+
+def _filters(wanted: messages.Filters) -> tuple[filters.Filter, ...]:
+    return tuple(_filter(entry) for entry in wanted)
+
+
+def _filter(wanted: messages.Filter) -> filters.Filter:
+    match wanted:
+        case messages.TcpFilter():
+            return filters.TcpFilter(wanted.port_range_start, wanted.port_range_end)
+        case messages.UdpFilter():
+            return filters.UdpFilter(wanted.port_range_start, wanted.port_range_end)
+        case messages.IcmpFilter():
+            return filters.IcmpFilter()
+        case _:
+            assert_never(wanted)

@@ -1,0 +1,76 @@
+"""`/healthz` and `/readyz` over plain HTTP (spec operations 1.9, OPS-39 to 41)."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Protocol
+
+from gevent.pywsgi import WSGIServer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from wsgiref.types import StartResponse, WSGIEnvironment
+
+    from fzg.wire.endpoint import Endpoint
+
+_LOG = logging.getLogger(__name__)
+
+# One probe per second from a handful of supervisors is usual; more connections than this at once is a scan.
+MAX_CONNECTIONS = 64
+
+
+class Readiness(Protocol):
+    """What the endpoint asks."""
+
+    def not_ready_because(self) -> str | None:
+        """One sentence why no client can be served, or None when all is well."""
+
+
+class Health:
+    """The HTTP server; a port that is taken costs the endpoint, not the gateway (OPS-32)."""
+
+    def __init__(self, address: Endpoint, readiness: Readiness) -> None:
+        self._address = address
+        self._readiness = readiness
+        self._server: WSGIServer | None = None
+
+    def start(self) -> None:
+        """Listen; logs a warning that names the address when that fails."""
+        from gevent.pool import Pool
+
+        server = WSGIServer(
+            (self._address.host, self._address.port),
+            self._answer,
+            log=None,
+            error_log=None,
+            spawn=Pool(MAX_CONNECTIONS),
+        )
+        try:
+            server.start()
+        except OSError as error:
+            _LOG.warning(
+                "The health endpoint cannot listen, the gateway runs without it: choose another address with"
+                " --health-check-addr or HEALTH_CHECK_ADDR",
+                extra={"address": str(self._address), "error": error.strerror},
+            )
+            return
+        self._server = server
+
+    def stop(self) -> None:
+        """Stop listening."""
+        if self._server is not None:
+            self._server.stop(timeout=0)
+
+    def _answer(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        path, method = environ.get("PATH_INFO", ""), environ.get("REQUEST_METHOD", "")
+        body = b""
+        if path not in ("/healthz", "/readyz"):
+            status = "404 Not Found"
+        elif method not in ("GET", "HEAD"):
+            status = "405 Method Not Allowed"
+        elif path == "/readyz" and (reason := self._readiness.not_ready_because()) is not None:
+            status, body = "503 Service Unavailable", f"{reason}\n".encode()
+        else:
+            status = "200 OK"
+        start_response(status, [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(body)))])
+        return [body] if method != "HEAD" else []

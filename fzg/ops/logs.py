@@ -1,0 +1,175 @@
+"""Log lines for people and for programs, and the filter that selects them (spec operations 1.8)."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import sys
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, TextIO
+
+from pythonjsonlogger.json import JsonFormatter
+
+from fzg.version import VERSION
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+TRACE = 5  # below DEBUG, as the filter grammar has it
+logging.addLevelName(TRACE, "TRACE")
+logging.addLevelName(logging.WARNING, "WARN")
+logging.addLevelName(logging.CRITICAL, "ERROR")
+
+_LEVELS = {
+    "off": logging.CRITICAL + 10,
+    "error": logging.ERROR,
+    "warn": logging.WARNING,
+    "info": logging.INFO,
+    "debug": logging.DEBUG,
+    "trace": TRACE,
+}
+_LEVELS |= dict(zip("012345", _LEVELS.values(), strict=True))
+# Libraries that would drown ours at debug; the operator's own directives come later and win.
+_CEILINGS = "pyroute2=warn,asyncio=warn,geventwebsocket=warn,websocket=warn,dns=info"
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+_LOG = logging.getLogger("firezone_gateway")
+
+
+class FilterError(ValueError):
+    """A directive of RUST_LOG that cannot be understood."""
+
+
+class Filter(logging.Filter):
+    """`target=level` directives; the longest matching `::` prefix wins, a bare level is the default."""
+
+    def __init__(self, directives: str) -> None:
+        super().__init__()
+        self._default = _LEVELS["error"]  # set but without a bare level: errors only
+        self._targets: dict[str, int] = {}
+        self._cache: dict[str, int] = {}
+        for raw in directives.split(","):
+            self._add(raw.strip())
+
+    @property
+    def lowest(self) -> int:
+        """The most talkative level that any target asks for."""
+        return min([self._default, *self._targets.values()])
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether this record is wanted."""
+        return record.levelno >= self._threshold(record.name)
+
+    def _add(self, directive: str) -> None:
+        if not directive:
+            return
+        target, equals, level = directive.partition("=")
+        target = target.partition("[")[0]  # span filters select nothing here: there are no spans
+        if not equals:
+            if target.lower() in _LEVELS:
+                self._default = _LEVELS[target.lower()]
+                return
+            level = "trace"
+        if level.lower() not in _LEVELS:
+            raise FilterError(f"{directive!r} names no level; levels are off, error, warn, info, debug and trace")
+        self._targets[target] = _LEVELS[level.lower()]
+
+    def _threshold(self, name: str) -> int:
+        known = self._cache.get(name)
+        if known is not None:
+            return known
+        prefix = _target(name)
+        threshold = self._default
+        while prefix:
+            if prefix in self._targets:
+                threshold = self._targets[prefix]
+                break
+            prefix = prefix.rpartition("::")[0]
+        self._cache[name] = threshold
+        return threshold
+
+
+class HumanFormatter(logging.Formatter):
+    """`2026-08-20T10:11:12.345Z  INFO fzg::app: Message key=value`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line; a traceback, which only our own bugs have, follows it."""
+        moment = datetime.fromtimestamp(record.created, UTC)
+        stamp = f"{moment:%Y-%m-%dT%H:%M:%S}.{moment.microsecond // 1000:03d}Z"
+        fields = "".join(f" {key}={_plain(value)}" for key, value in _fields(record).items())
+        line = f"{stamp} {record.levelname:>5} {_target(record.name)}: {record.getMessage()}{fields}"
+        line = line.replace("\n", "\\n")
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+class JsonLineFormatter(JsonFormatter):
+    """One object per line: timestamp, level, target, message, and every field at the top level."""
+
+    def add_fields(self, log_data: dict[str, Any], record: logging.LogRecord, message_dict: dict[str, Any]) -> None:
+        """Ours instead of the library's set of names."""
+        moment = datetime.fromtimestamp(record.created, UTC)
+        log_data["timestamp"] = moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
+        log_data["level"] = record.levelname
+        log_data["target"] = _target(record.name)
+        log_data["message"] = record.getMessage()
+        log_data.update(message_dict)
+        log_data.update(_fields(record))
+        if record.exc_info:
+            log_data["exception"] = self.formatException(record.exc_info)
+
+
+def configure(*, json_lines: bool, directives: str | None, flow_logs: bool, stream: TextIO = sys.stdout) -> None:
+    """Send everything that the filter lets through to `stream`. Raises `FilterError`."""
+    wanted = "info" if directives is None else directives
+    selected = Filter(",".join([_CEILINGS, wanted, "flow_logs=trace" if flow_logs else ""]))
+    handler = logging.StreamHandler(stream)
+    handler.addFilter(selected)
+    handler.setFormatter(JsonLineFormatter(json_ensure_ascii=False) if json_lines else HumanFormatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(selected.lowest)
+
+
+def announce() -> None:
+    """The first line of every run."""
+    machine = platform.uname()
+    fields = {"version": VERSION, "arch": machine.machine, "os": machine.system.lower(), "system_uptime": _uptime()}
+    _LOG.info("Logging started", extra=fields)
+
+
+def fatal(error: BaseException) -> None:
+    """One ERROR line with the whole chain of causes."""
+    _LOG.error(chain(error))
+
+
+def chain(error: BaseException) -> str:
+    """The outermost message followed by each cause, separated by colons; a cause that is already quoted is left out."""
+    parts: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        text = str(cause) or type(cause).__name__
+        if not any(text in part for part in parts):
+            parts.append(text)
+        cause = cause.__cause__
+    return ": ".join(parts)
+
+
+def _target(name: str) -> str:
+    return name.replace(".", "::")
+
+
+def _fields(record: logging.LogRecord) -> Mapping[str, Any]:
+    return {key: value for key, value in vars(record).items() if key not in _STANDARD}
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = str(value)
+    return f'"{text}"' if isinstance(value, str) and (" " in text or not text) else text
+
+
+def _uptime() -> str:
+    with open("/proc/uptime", encoding="ascii") as uptime:  # noqa: PTH123 - the shortest way is the clearest here
+        seconds = int(float(uptime.read().split()[0]))
+    return f"{seconds // 86_400}d{seconds // 3600 % 24}h{seconds // 60 % 60}m"

@@ -1,0 +1,120 @@
+"""What the operator asked for, parsed and checked: the only place that knows names and defaults of settings."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from datetime import timedelta
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from fzg.wire import Malformed
+from fzg.wire.endpoint import Endpoint
+
+if TYPE_CHECKING:
+    from fzg.secret import Secret
+
+DEFAULT_API_URL = "wss://api.firezone.dev"
+DEFAULT_HEALTH_ADDRESS = "0.0.0.0:8080"
+DEFAULT_MAX_PARTITION_TIME = "24h"  # how long a gateway serves on without the portal before it gives up
+
+_UNITS = {
+    "s": 1, "sec": 1, "secs": 1, "second": 1, "seconds": 1,
+    "m": 60, "min": 60, "mins": 60, "minute": 60, "minutes": 60,
+    "h": 3600, "hr": 3600, "hrs": 3600, "hour": 3600, "hours": 3600,
+    "d": 86_400, "day": 86_400, "days": 86_400,
+    "w": 604_800, "week": 604_800, "weeks": 604_800,
+    "ms": 0.001, "msec": 0.001,
+}  # fmt: skip
+_PAIR = re.compile(r"\s*(\d+)\s*([a-z]+)", re.IGNORECASE)
+_TRUE = frozenset({"1", "yes", "on", "true"})
+_FALSE = frozenset({"0", "no", "off", "false"})
+
+
+class LogFormat(StrEnum):
+    """How a log line looks."""
+
+    HUMAN = "human"
+    JSON = "json"
+
+
+class Masquerade(StrEnum):
+    """Whether we translate clients' addresses to the host's: AUTO does unless a rule of the host already does."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+
+class SettingError(ValueError):
+    """A value that cannot be used; the message names the setting's problem in one sentence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Offloads:
+    """Kernel features that an operator may have to switch off (performance notes, pitfalls)."""
+
+    udp_gso: bool = True
+    udp_gro: bool = True
+    tun: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything that the process needs to start. Durations in seconds, sizes in bytes."""
+
+    token: Secret[str]
+    firezone_id: str
+    api_url: str = DEFAULT_API_URL
+    name: str = ""
+    health_address: Endpoint = field(default_factory=lambda: Endpoint.parse(DEFAULT_HEALTH_ADDRESS))
+    max_partition_time: float = 86_400.0
+    masquerade: Masquerade = Masquerade.AUTO
+    flow_logs: bool = False
+    validate_checksums: bool = False
+    increase_buffers: bool = True
+    udp_send_buffer: int | None = None
+    udp_receive_buffer: int | None = None
+    offloads: Offloads = field(default_factory=Offloads)
+    tun_fd: int | None = None
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of `5m`, `1h 30m`, `30d`; a number without a unit is refused (OPS-8)."""
+    position, total = 0, 0.0
+    while position < len(text):
+        match = _PAIR.match(text, position)
+        if match is None or match[2].lower() not in _UNITS:
+            break
+        total += int(match[1]) * _UNITS[match[2].lower()]
+        position = match.end()
+    if position == 0 or text[position:].strip():
+        raise SettingError(f"{text!r} is not a duration; write for example 90s, 5m, '1h 30m' or 30d")
+    if total > timedelta(days=36_500).total_seconds():
+        raise SettingError(f"{text!r} is longer than a hundred years")
+    return total
+
+
+def parse_flag(text: str) -> bool:
+    """A boolean from the environment; empty means unset, hence false (OPS-6)."""
+    word = text.strip().lower()
+    if word in _TRUE:
+        return True
+    if word in _FALSE or not word:
+        return False
+    raise SettingError(f"{text!r} is neither true nor false")
+
+
+def parse_socket_address(text: str) -> Endpoint:
+    """A literal `IP:PORT`; host names are refused, since a listener must not depend on DNS."""
+    try:
+        return Endpoint.parse(text)
+    except Malformed as error:
+        raise SettingError(f"{text!r} is not an address like 127.0.0.1:8080 or [::1]:8080") from error
+
+
+def parse_size(text: str | None) -> int | None:
+    """Bytes; anything else counts as unset, as the reference has it (operations 1.1)."""
+    if text is None or not text.strip().isascii() or not text.strip().isdigit():
+        return None
+    return int(text)
