@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pyroute2.netlink.rtnl import (
     RTM_DELADDR,
@@ -28,6 +27,9 @@ from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
 from fzg.host.errors import HostError
 from fzg.host.netlink_socket import NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, NetlinkError, NetlinkSocket
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # Values of the specification (tunnel 1.1, 1.2, 1.4; operations 1.13).
 SOCKET_MARK: Final = 0xFD002021
@@ -51,17 +53,20 @@ _RTN_UNICAST: Final = 1
 _RT_TABLE_UNSPEC: Final = 0
 _RT_TABLE_LOCAL: Final = 255
 
-# A route this wide is a way to everywhere rather than a network of the host that ours would shadow.
-_WIDEST_OVERLAP: Final = {socket.AF_INET: 8, socket.AF_INET6: 48}
 _NAMED_OVERLAPS: Final = 3  # enough to recognise the network; an overlay may have one route per host
 
-_FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
-_NAME: Final = {socket.AF_INET: "IPv4", socket.AF_INET6: "IPv6"}
-_RANGE: Final[dict[int, IPv4Network | IPv6Network]] = {
-    socket.AF_INET: PEER_RANGE_IPV4,
-    socket.AF_INET6: PEER_RANGE_IPV6,
-}
-_BITS: Final = {socket.AF_INET: 32, socket.AF_INET6: 128}
+
+class _Family(NamedTuple):
+    number: int
+    name: str
+    bits: int
+    peers: IPv4Network | IPv6Network
+    widest_overlap: int  # a wider route leads to everywhere; it is no network of the host that ours would shadow
+
+
+_IPV4: Final = _Family(socket.AF_INET, "IPv4", 32, PEER_RANGE_IPV4, 8)
+_IPV6: Final = _Family(socket.AF_INET6, "IPv6", 128, PEER_RANGE_IPV6, 48)
+_FAMILIES: Final = (_IPV4, _IPV6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +85,8 @@ def configure_device(interface: str, ipv4: IPv4Address | None, ipv6: IPv6Address
     One family may fail (a host without IPv6). Raises HostError when the device is missing or neither family works.
     """
     index = _index(interface)
-    wanted: dict[int, IPv4Address | IPv6Address | None] = {socket.AF_INET: ipv4, socket.AF_INET6: ipv6}
-    failures: dict[int, str] = {}
+    wanted: dict[_Family, IPv4Address | IPv6Address | None] = {_IPV4: ipv4, _IPV6: ipv6}
+    failures: dict[_Family, str] = {}
     warnings: list[str] = []
     with NetlinkSocket(socket.NETLINK_ROUTE) as netlink:
         _set_link(netlink, interface, index)
@@ -98,19 +103,19 @@ def configure_device(interface: str, ipv4: IPv4Address | None, ipv6: IPv6Address
             _delete_rules(netlink, family, _FOREIGN_TABLES)
     if all(failures.values()):
         raise HostError(
-            f"{interface} has neither an IPv4 nor an IPv6 address, so no client can be served: {'; '.join(failures.values())}. "
-            "Enable IPv4 or IPv6 on this host and start the gateway again."
+            f"{interface} has neither an IPv4 nor an IPv6 address, so no client can be served: "
+            f"{'; '.join(failures.values())}. Enable IPv4 or IPv6 on this host and start the gateway again."
         )
     notes = [
-        f"Clients are served without {_NAME[family]}: {failure}."
+        f"Clients are served without {family.name}: {failure}."
         for family, failure in failures.items()
         if failure and wanted[family] is not None
     ]
-    return Configured(not failures[socket.AF_INET], not failures[socket.AF_INET6], notes, warnings)
+    return Configured(not failures[_IPV4], not failures[_IPV6], notes, warnings)
 
 
 def remove_rules_and_routes() -> None:
-    """Delete our policy rules and the routes of our table, in both families; idempotent, raises nothing for absent ones."""
+    """Delete our policy rules and the routes of our table; idempotent."""
     with NetlinkSocket(socket.NETLINK_ROUTE) as netlink:
         for family in _FAMILIES:
             _delete_rules(netlink, family, (ROUTING_TABLE,))
@@ -128,9 +133,9 @@ def overlap_warnings(interface: str) -> list[str]:
                 listed = ", ".join(found[:_NAMED_OVERLAPS])
                 more = f" and {len(found) - _NAMED_OVERLAPS} more" if len(found) > _NAMED_OVERLAPS else ""
                 sentences.append(
-                    f"This host has a route to {listed}{more}, which overlaps {_RANGE[family]}, the range of the clients' "
-                    f"tunnel addresses: packets of this host into {_RANGE[family]} go to {interface} instead. "
-                    "Renumber that network, or run the gateway on a host that does not need to reach it."
+                    f"This host has a route to {listed}{more}, which overlaps {family.peers}, "
+                    f"the range of clients' tunnel addresses: what this host sends there goes to {interface} instead. "
+                    "Renumber that network, or run the gateway on a host that need not reach it."
                 )
     return sentences
 
@@ -174,47 +179,47 @@ def _bring_up(netlink: NetlinkSocket, interface: str, index: int) -> None:
         raise _refused(f"{interface} cannot be brought up", error) from error
 
 
-def _set_address(netlink: NetlinkSocket, index: int, family: int, address: IPv4Address | IPv6Address | None) -> str:
+def _set_address(netlink: NetlinkSocket, index: int, family: _Family, address: IPv4Address | IPv6Address | None) -> str:
     """Add the address, then delete all others of the family; why that failed, or nothing."""
-    failure = "" if address is not None else f"the portal assigned no {_NAME[family]} address"
+    failure = "" if address is not None else f"the portal assigned no {family.name} address"
     if address is not None:
         new = ifaddrmsg()
-        new["family"], new["index"], new["prefixlen"] = family, index, _BITS[family]
+        new["family"], new["index"], new["prefixlen"] = family.number, index, family.bits
         new["attrs"] = [("IFA_LOCAL", str(address)), ("IFA_ADDRESS", str(address))]
         try:
             netlink.request(new, RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE)
         except NetlinkError as error:
-            failure = f"{address} could not be assigned ({error.strerror}{_hint(family, error)})"
+            failure = f"{address} could not be assigned ({_why(family, error)})"
     for old in _addresses(netlink, index, family):
-        if failure or old.get_attr("IFA_ADDRESS") != str(address) or old["prefixlen"] != _BITS[family]:
+        if failure or old.get_attr("IFA_ADDRESS") != str(address) or old["prefixlen"] != family.bits:
             _forgive(netlink, old, RTM_DELADDR)
     return failure
 
 
-def _addresses(netlink: NetlinkSocket, index: int, family: int) -> list[Any]:
+def _addresses(netlink: NetlinkSocket, index: int, family: _Family) -> list[Any]:
     query = ifaddrmsg()
-    query["family"], query["index"] = family, index
+    query["family"], query["index"] = family.number, index
     try:
         found = netlink.dump(query, RTM_GETADDR)
     except NetlinkError:  # a kernel without the family
         return []
-    return [address for address in found if address["index"] == index and address["family"] == family]
+    return [address for address in found if address["index"] == index and address["family"] == family.number]
 
 
-def _set_route(netlink: NetlinkSocket, index: int, family: int) -> str:
+def _set_route(netlink: NetlinkSocket, index: int, family: _Family) -> str:
     """Make our table hold exactly the route to the peer range; why that failed, or nothing."""
-    target = _RANGE[family]
+    target = family.peers
     for route in _routes(netlink, family, ROUTING_TABLE):
         if _destination(route) != target or route.get_attr("RTA_OIF") != index:
             _delete_route(netlink, route)
     new = rtmsg()
-    new["family"], new["dst_len"], new["table"] = family, target.prefixlen, _RT_TABLE_UNSPEC
+    new["family"], new["dst_len"], new["table"] = family.number, target.prefixlen, _RT_TABLE_UNSPEC
     new["proto"], new["scope"], new["type"] = _RTPROT_STATIC, 0, _RTN_UNICAST
     new["attrs"] = [("RTA_DST", str(target.network_address)), ("RTA_OIF", index), ("RTA_TABLE", ROUTING_TABLE)]
     try:
         netlink.request(new, RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE)
     except NetlinkError as error:
-        return f"the route to {target} could not be added ({error.strerror}{_hint(family, error)})"
+        return f"the route to {target} could not be added ({_why(family, error)})"
     return ""
 
 
@@ -227,9 +232,9 @@ def _delete_route(netlink: NetlinkSocket, route: Any) -> None:
     _forgive(netlink, old, RTM_DELROUTE)
 
 
-def _routes(netlink: NetlinkSocket, family: int, table: int | None) -> list[Any]:
+def _routes(netlink: NetlinkSocket, family: _Family, table: int | None) -> list[Any]:
     query = rtmsg()
-    query["family"] = family
+    query["family"] = family.number
     if table is not None:
         query["attrs"] = [("RTA_TABLE", table)]
     try:
@@ -237,7 +242,9 @@ def _routes(netlink: NetlinkSocket, family: int, table: int | None) -> list[Any]
     except NetlinkError:  # a table that was never used, or a kernel without the family
         return []
     return [
-        route for route in found if route["family"] == family and (table is None or route.get_attr("RTA_TABLE") == table)
+        route
+        for route in found
+        if route["family"] == family.number and (table is None or route.get_attr("RTA_TABLE") == table)
     ]
 
 
@@ -246,10 +253,10 @@ def _destination(route: Any) -> IPv4Network | IPv6Network:
     return ip_network((route.get_attr("RTA_DST") or default, route["dst_len"]), strict=False)
 
 
-def _overlaps(netlink: NetlinkSocket, family: int, interface: str) -> Iterator[str]:
-    target = _RANGE[family]
+def _overlaps(netlink: NetlinkSocket, family: _Family, interface: str) -> Iterator[str]:
+    target = family.peers
     for route in _routes(netlink, family, None):
-        if route["dst_len"] < _WIDEST_OVERLAP[family] or route["type"] != _RTN_UNICAST:
+        if route["dst_len"] < family.widest_overlap or route["type"] != _RTN_UNICAST:
             continue
         table = route.get_attr("RTA_TABLE")
         if table == _RT_TABLE_LOCAL or ROUTING_TABLE <= table <= max(_FOREIGN_TABLES):
@@ -267,7 +274,7 @@ def _interface_name(index: int | None) -> str:
         return ""
 
 
-def _set_rule(netlink: NetlinkSocket, family: int) -> list[str]:
+def _set_rule(netlink: NetlinkSocket, family: _Family) -> list[str]:
     """Route all but marked sockets by our table; warnings when the kernel has no policy routing."""
     present = False
     for rule in _rules(netlink, family, (ROUTING_TABLE,)):
@@ -278,7 +285,7 @@ def _set_rule(netlink: NetlinkSocket, family: int) -> list[str]:
     if present:
         return []
     rule = fibmsg()
-    rule["family"], rule["table"] = family, _RT_TABLE_UNSPEC
+    rule["family"], rule["table"] = family.number, _RT_TABLE_UNSPEC
     rule["action"], rule["flags"] = _FR_ACT_TO_TBL, _FIB_RULE_INVERT
     rule["attrs"] = [
         ("FRA_PRIORITY", RULE_PRIORITY),
@@ -292,10 +299,11 @@ def _set_rule(netlink: NetlinkSocket, family: int) -> list[str]:
     except NetlinkError as error:
         if error.errno == errno.EEXIST:
             return []
-        return [
-            f"The {_NAME[family]} routing rule of priority {RULE_PRIORITY} could not be added ({error.strerror}), so answers do "
-            f"not find their way to clients. Use a kernel with policy routing, or route {_RANGE[family]} to the tunnel by hand."
-        ]
+        sentence = (
+            f"The {family.name} routing rule of priority {RULE_PRIORITY} could not be added ({error.strerror}), "
+            "so answers do not find their way to clients. Use a kernel with policy routing (CONFIG_IP_MULTIPLE_TABLES)."
+        )
+        return [sentence]
     return []
 
 
@@ -307,9 +315,9 @@ def _is_wanted(rule: Any) -> bool:
     )
 
 
-def _rules(netlink: NetlinkSocket, family: int, tables: tuple[int, ...]) -> list[Any]:
+def _rules(netlink: NetlinkSocket, family: _Family, tables: tuple[int, ...]) -> list[Any]:
     query = fibmsg()
-    query["family"] = family
+    query["family"] = family.number
     try:
         found = netlink.dump(query, RTM_GETRULE)
     except NetlinkError:  # a kernel without the family or without policy routing
@@ -317,13 +325,13 @@ def _rules(netlink: NetlinkSocket, family: int, tables: tuple[int, ...]) -> list
     return [
         rule
         for rule in found
-        if rule["family"] == family
+        if rule["family"] == family.number
         and rule.get_attr("FRA_TABLE") in tables
         and rule.get_attr("FRA_FWMARK") == SOCKET_MARK
     ]
 
 
-def _delete_rules(netlink: NetlinkSocket, family: int, tables: tuple[int, ...]) -> None:
+def _delete_rules(netlink: NetlinkSocket, family: _Family, tables: tuple[int, ...]) -> None:
     for rule in _rules(netlink, family, tables):
         _forgive(netlink, rule, RTM_DELRULE)
 
@@ -336,10 +344,10 @@ def _forgive(netlink: NetlinkSocket, message: Any, message_type: int) -> None:
         return
 
 
-def _hint(family: int, error: NetlinkError) -> str:
-    if family == socket.AF_INET6 and error.errno in (errno.EACCES, errno.EOPNOTSUPP, errno.EAFNOSUPPORT):
-        return "; IPv6 is disabled on this host"
-    return ""
+def _why(family: _Family, error: NetlinkError) -> str:
+    if family is _IPV6 and error.errno in (errno.EACCES, errno.EOPNOTSUPP, errno.EAFNOSUPPORT):
+        return "IPv6 is disabled on this host"
+    return error.strerror or str(error)
 
 
 def _refused(what: str, error: NetlinkError) -> HostError:

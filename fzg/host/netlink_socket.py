@@ -1,8 +1,8 @@
 """A synchronous netlink socket. pyroute2 supplies the message formats; the transport is ours.
 
-The kernel answers every request that is sent here before `sendmsg` returns, and continues a dump inside `recv`. So nothing
-ever waits, and neither an event loop nor a thread is needed to keep requests apart. pyroute2's own sockets wait for
-one acknowledgement per message, and wait for ever when the kernel refuses a whole nftables batch with a single error.
+The kernel answers every request that is sent here before `sendmsg` returns, and continues a dump inside `recv`. So
+nothing ever waits, and neither an event loop nor a thread is needed to keep requests apart. pyroute2's own sockets wait
+for one acknowledgement per message, and wait for ever when the kernel refuses a whole nftables batch with one error.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Iterable
-from typing import Any, Final, Protocol, Self
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 NLM_F_REQUEST: Final = 0x0001
 NLM_F_ACK: Final = 0x0004
@@ -63,7 +65,7 @@ class NetlinkSocket:
 
     def __init__(self, protocol: int) -> None:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
-        self._socket.setblocking(False)
+        self._socket.settimeout(0)
         for option in (_NETLINK_CAP_ACK, _NETLINK_EXT_ACK, _NETLINK_GET_STRICT_CHK):
             try:
                 self._socket.setsockopt(_SOL_NETLINK, option, 1)
@@ -87,7 +89,7 @@ class NetlinkSocket:
         self.batch([(message, message_type, flags | NLM_F_ACK)])
 
     def batch(self, messages: Iterable[tuple[Message, int, int]]) -> None:
-        """Send (message, type, flags) in one datagram, the unit of an nftables transaction; raises the first refusal."""
+        """Send (message, type, flags) in one datagram, an nftables transaction; raises the first refusal."""
         datagram = bytearray()
         for message, message_type, flags in messages:
             datagram += self._encode(message, message_type, flags | NLM_F_REQUEST)

@@ -1,0 +1,65 @@
+"""Everything the gateway changes on its host's network: one object for the application.
+
+All methods are synchronous and take a few milliseconds, most of it in the kernel's commit of nftables. They must not
+run at the same time; a pool of one native thread keeps them in order and out of the event loop.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from fzg.host import netlink, sysctl
+from fzg.host.errors import HostError, Report
+from fzg.host.netlink import Configured
+from fzg.host.nftables import Firewall, MasqueradeMode
+
+if TYPE_CHECKING:
+    from ipaddress import IPv4Address, IPv6Address
+
+__all__ = ["INTERFACE", "Configured", "HostError", "HostNetwork", "MasqueradeMode", "Report"]
+
+INTERFACE: Final = "tun-firezone"
+
+
+class HostNetwork:
+    """Prepares the host once, configures the TUN device on each `init`, and takes back what can be taken back."""
+
+    def __init__(self, interface: str = INTERFACE) -> None:
+        self._interface = interface
+        self._firewall = Firewall(interface)
+        self._mode = MasqueradeMode.OFF
+
+    def prepare(self, masquerade: MasqueradeMode, *, raise_buffers: bool = True) -> Report:
+        """Buffer ceilings, forwarding, masquerading, accepts in foreign chains; replaces what a killed process left.
+
+        Raises HostError when masquerading is required (`on`) and impossible.
+        """
+        self._mode = masquerade
+        report = sysctl.raise_buffer_ceilings() if raise_buffers else Report()
+        report.add(sysctl.enable_forwarding(enable_ipv6=masquerade is MasqueradeMode.ON))
+        report.add(self._firewall.apply(masquerade))
+        report.warnings.extend(netlink.overlap_warnings(self._interface))
+        return report
+
+    def configure(self, ipv4: IPv4Address | None, ipv6: IPv6Address | None) -> Configured:
+        """Addresses, link, rules and routes for these tunnel addresses; on every `init`.
+
+        Raises HostError when neither family works or the device is gone.
+        """
+        return netlink.configure_device(self._interface, ipv4, ipv6)
+
+    def repair(self) -> Report:
+        """Put back what other tools flushed, and accept in chains that began to drop since; every minute or so."""
+        return Report() if self._firewall.is_intact() else self._firewall.apply(self._mode)
+
+    def remove(self) -> Report:
+        """Delete rules, routes and nftables objects; the sysctls stay, since others may rely on them by now."""
+        report = self._firewall.remove()
+        try:
+            netlink.remove_rules_and_routes()
+        except OSError as error:
+            report.warnings.append(
+                f"The routing rules may be left behind ({error.strerror or error}). Run as root: "
+                f"ip rule del priority {netlink.RULE_PRIORITY}; ip -6 rule del priority {netlink.RULE_PRIORITY}"
+            )
+        return report

@@ -1,0 +1,200 @@
+"""Names of DNS resources to addresses, by the host's own resolver configuration (spec tunnel 7.2, operations 1.11)."""
+
+from __future__ import annotations
+
+import time
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import dns.exception
+import dns.name
+import dns.rdatatype
+import dns.resolver
+import gevent
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+Address = IPv4Address | IPv6Address
+
+RESOLV_CONF: Final = Path("/etc/resolv.conf")
+HOSTS: Final = Path("/etc/hosts")
+
+# Specification (tunnel 7.2).
+CACHE_ENTRIES: Final = 512
+LIMIT_SECONDS: Final = 10.0
+
+# Both lookups end a little before the limit, so that one that answered is not lost with one that did not.
+_LOOKUP_SECONDS: Final = LIMIT_SECONDS - 0.5
+# dnspython's default, kept as the ceiling: resolv.conf's 5 s would leave no time for a third nameserver.
+_TRY_SECONDS: Final = 2.0
+# Files are compared by their metadata at most this often, however many names are asked for.
+_RECHECK_SECONDS: Final = 1.0
+_HOSTS_BYTES: Final = 16 * 1024 * 1024  # block lists of a few MB are common; more is no hosts file
+
+# Spec tunnel 1.1: an address in here would send the translated packet back into the tunnel.
+_TUNNEL_RANGES: Final = (IPv4Network("100.64.0.0/10"),)
+_TUNNEL_RANGES_IPV6: Final = (IPv6Network("fd00:2021:1111::/107"), IPv6Network("fd00:2021:1111:8000::/107"))
+
+_TYPES: Final = (dns.rdatatype.A, dns.rdatatype.AAAA)
+
+
+class Resolver:
+    """Resolves absolute names; safe to call from many greenlets at a time. Follows changes of both files."""
+
+    def __init__(
+        self,
+        *,
+        resolv_conf: Path = RESOLV_CONF,
+        hosts: Path = HOSTS,
+        nameservers: Iterable[str] = (),
+        port: int = 53,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Explicit `nameservers` take the place of those in `resolv_conf`."""
+        self._resolv_conf = resolv_conf
+        self._hosts_file = hosts
+        self._fixed = list(nameservers)
+        self._port = port
+        self._clock = clock
+        self._cache = dns.resolver.LRUCache(CACHE_ENTRIES)
+        self._resolver = dns.resolver.Resolver(configure=False)
+        self._hosts: dict[str, list[Address]] = {}
+        self._checked_at = float("-inf")
+        self._seen: dict[Path, tuple[int, ...] | None] = {}
+        self._problem = ""
+        self._refresh()
+
+    @property
+    def nameservers(self) -> list[str]:
+        """Addresses of the host's nameservers, in the order of the file; empty when there are none."""
+        self._refresh()
+        return [str(server) for server in self._resolver.nameservers]
+
+    @property
+    def problem(self) -> str:
+        """A sentence when no name can be resolved by DNS, else empty."""
+        self._refresh()
+        return self._problem
+
+    def resolve(self, domain: str) -> list[Address] | None:
+        """All addresses of `domain`, IPv4 first, sorted; empty when it has none or cannot be asked for; None on timeout."""
+        self._refresh()
+        name = _absolute(domain)
+        if name is None:
+            return []
+        known = self._hosts.get(str(name).rstrip(".").lower(), [])
+        missing = [kind for kind in _TYPES if not any(_kind(address) == kind for address in known)]
+        lookups = [gevent.spawn(self._lookup, name, kind) for kind in missing]
+        gevent.joinall(lookups, timeout=LIMIT_SECONDS)
+        gevent.killall([lookup for lookup in lookups if not lookup.ready()], block=False)
+        answers = [lookup.value for lookup in lookups if lookup.successful()]
+        addresses = {*known, *(address for answer in answers if answer is not None for address in answer)}
+        if lookups and not known and all(not isinstance(answer, list) for answer in answers):
+            return None
+        return sorted((a for a in addresses if not _is_tunnel(a)), key=lambda a: (a.version, int(a)))
+
+    def _lookup(self, name: dns.name.Name, kind: dns.rdatatype.RdataType) -> list[Address] | None:
+        """The addresses of one family; empty after any error of DNS; None when no nameserver answered in time."""
+        resolver = self._resolver
+        if not resolver.nameservers:
+            return []
+        try:
+            answer = resolver.resolve(name, kind, raise_on_no_answer=False, search=False, lifetime=_LOOKUP_SECONDS)
+        except dns.resolver.LifetimeTimeout:
+            return None
+        except (dns.exception.DNSException, OSError):
+            return []
+        self._prefer(resolver, answer.nameserver)
+        if answer.rrset is None:
+            return []
+        return [ip_address(record.address) for record in answer.rrset if record.rdtype == kind]
+
+    def _prefer(self, resolver: dns.resolver.Resolver, answered: str | None) -> None:
+        """Ask the nameserver that answered first next time, so that a dead one costs its timeout only once."""
+        servers = [str(server) for server in resolver.nameservers]
+        if answered in servers and servers[0] != answered and not resolver.rotate:
+            servers.remove(answered)
+            resolver.nameservers = [answered, *servers]
+
+    def _refresh(self) -> None:
+        """Read what changed since the last look."""
+        now = self._clock()
+        if now - self._checked_at < _RECHECK_SECONDS:
+            return
+        self._checked_at = now
+        if self._has_changed(self._resolv_conf):
+            self._read_resolv_conf()
+        if self._has_changed(self._hosts_file):
+            self._hosts = _read_hosts(self._hosts_file)
+
+    def _has_changed(self, path: Path) -> bool:
+        try:
+            status = path.stat()
+            identity: tuple[int, ...] | None = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        except OSError:
+            identity = None
+        changed = path not in self._seen or self._seen[path] != identity
+        self._seen[path] = identity
+        return changed
+
+    def _read_resolv_conf(self) -> None:
+        resolver = dns.resolver.Resolver(configure=False)
+        self._problem = ""
+        try:
+            resolver.read_resolv_conf(self._resolv_conf)
+        except (dns.exception.DNSException, OSError, ValueError) as error:
+            if not self._fixed:
+                resolver.nameservers = []
+                self._problem = (
+                    f"{self._resolv_conf} names no usable nameserver ({error}), so DNS resources cannot be resolved. "
+                    "Add a line such as: nameserver 192.0.2.53"
+                )
+        if self._fixed:
+            resolver.nameservers = list(self._fixed)
+        resolver.port = self._port
+        resolver.timeout = min(resolver.timeout, _TRY_SECONDS, _LOOKUP_SECONDS / max(len(resolver.nameservers), 1))
+        self._cache.flush()
+        resolver.cache = self._cache
+        self._resolver = resolver
+
+
+def _absolute(domain: str) -> dns.name.Name | None:
+    try:
+        return dns.name.from_text(domain, dns.name.root)
+    except (dns.exception.DNSException, UnicodeError, ValueError):
+        return None
+
+
+def _kind(address: Address) -> dns.rdatatype.RdataType:
+    return dns.rdatatype.A if address.version == 4 else dns.rdatatype.AAAA
+
+
+def _is_tunnel(address: Address) -> bool:
+    if isinstance(address, IPv4Address):
+        return any(address in network for network in _TUNNEL_RANGES)
+    if address.ipv4_mapped is not None:
+        return True  # no packet of IPv6 can have such a destination
+    return any(address in network for network in _TUNNEL_RANGES_IPV6)
+
+
+def _read_hosts(path: Path) -> dict[str, list[Address]]:
+    """Lower-case names to their addresses; empty without a readable file."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            text = file.read(_HOSTS_BYTES)
+    except OSError:
+        return {}
+    names: dict[str, list[Address]] = {}
+    for line in text.split("\n"):
+        fields = line.partition("#")[0].split()
+        if len(fields) < 2:
+            continue
+        try:
+            address = ip_address(fields[0].partition("%")[0])
+        except ValueError:
+            continue
+        for name in fields[1:]:
+            names.setdefault(name.rstrip(".").lower(), []).append(address)
+    return names
