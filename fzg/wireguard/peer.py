@@ -277,8 +277,8 @@ class Peer:
         activity = self._engine.activity(self._peer)
         current = self._sessions.current
         if current is not None and current.sends:
-            current.sent_data = current.sent_data or activity.current_sent_data
-            current.received_data = current.received_data or activity.current_received_data
+            current.sent_data = activity.current_sent_data
+            current.received_data = activity.current_received_data
         return activity
 
     def _expiry(self) -> Deadline:
@@ -310,7 +310,7 @@ class Peer:
     def _keepalive(self, activity: Activity) -> Deadline | None:
         """Once per stretch of unanswered data (D8: counted from its first packet)."""
         received = activity.first_unanswered_received
-        if not received or received == self._keepalive_for or not self._sessions.can_send:
+        if not received or received == self._keepalive_for:
             return None
         return Deadline(received + self._timing.keepalive_timeout, "keepalive")
 

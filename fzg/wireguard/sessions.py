@@ -62,7 +62,7 @@ class Sessions(Protocol):
 
 @dataclass(slots=True)
 class Session:
-    """What the timers know of a session. `sent_data` and `received_data` stay true once seen."""
+    """What the timers know of a session. `sent_data` and `received_data` are as last seen while it was sending."""
 
     local_index: int
     established: float
@@ -96,11 +96,6 @@ class SessionRing:
 
     def __iter__(self) -> Iterator[Session]:
         return (session for session in self._slots if session is not None)
-
-    @property
-    def can_send(self) -> bool:
-        """Whether something could be sealed now."""
-        return self.current is not None and self.current.sends
 
     def add(self, established: Established, *, initiator: bool, now: float) -> None:
         """A handshake is done. Overwrites the slot; an initiator's session sends from now on."""

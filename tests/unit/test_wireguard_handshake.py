@@ -65,6 +65,18 @@ def test_a_responder_keeps_using_the_older_session_until_the_newer_is_confirmed(
     assert world.gateway.engine.used[7] != older
 
 
+def test_the_confirmation_of_an_unknown_session_is_ignored() -> None:
+    world = World()
+    world.passes = lambda logged: logged.kind != DATA
+    world.connect()
+    (index,) = world.gateway.engine.sessions
+    for other in (index + 8, index + 1, index ^ 1 << 31):
+        world.gateway.peer.handle_session_confirmed(other, START)
+    assert world.gateway.engine.used == {}
+    assert world.gateway.drain() == []
+    assert world.gateway.events == []
+
+
 def test_a_data_packet_confirms_a_session_as_well_as_a_keepalive() -> None:
     world = World()
     world.passes = lambda logged: logged.kind != DATA
@@ -275,6 +287,8 @@ def test_a_cookie_reply_to_an_earlier_message_or_a_forged_one_is_dropped() -> No
     forged = bytearray(reply)
     forged[-1] ^= 1
     assert not world.client.peer.handle_cookie_reply(bytes(forged), START)
+    elsewhere = reply[:4] + bytes(4) + reply[8:]
+    assert not world.client.peer.handle_cookie_reply(elsewhere, START)
     initiation(world)
     assert not world.client.peer.handle_cookie_reply(reply, START)
     assert initiation(world)[-16:] == bytes(16)

@@ -59,6 +59,26 @@ def test_an_answer_cancels_the_keepalive() -> None:
     assert keepalives(world, world.client) == [0.0, pytest.approx(20.9, abs=0.01)]
 
 
+def test_a_handshake_message_cancels_the_keepalive() -> None:
+    world = World()
+    world.connect()
+    world.run_until(1.0)
+    world.send(world.client)
+    world.run_until(5.0)
+    world.connect()
+    world.run_until(60.0)
+    assert keepalives(world, world.gateway) == []
+
+
+def test_a_keepalive_that_cannot_be_sealed_is_not_tried_again() -> None:
+    world = World()
+    world.connect()
+    world.send(world.client)
+    world.gateway.engine.seal = lambda peer, packet, now: None  # type: ignore[method-assign]
+    world.run_until(60.0)
+    assert len(world.gateway.wakes) <= 8
+
+
 def test_a_keepalive_is_not_answered() -> None:
     world = World()
     world.connect()
@@ -111,6 +131,32 @@ def test_an_answer_within_the_wait_prevents_the_initiation() -> None:
     world.send(world.gateway)
     world.run_until(60.0)  # the client's keepalive answers at 11 s
     assert world.sent(world.gateway, INITIATION) == []
+
+
+def test_an_authentic_initiation_within_the_wait_prevents_the_initiation() -> None:
+    world = World()
+    world.connect()
+    world.run_until(1.0)
+    world.cut()
+    world.send(world.gateway)
+    world.run_until(10.0)
+    world.passes = lambda logged: logged.kind != DATA
+    world.connect()
+    world.run_until(60.0)
+    assert world.sent(world.gateway, INITIATION) == []
+
+
+def test_the_first_initiation_has_jitter_too() -> None:
+    times = set()
+    for seed in range(5):
+        world = World(seed=seed)
+        world.connect()
+        world.cut()
+        world.run_until(1.0)
+        world.send(world.gateway)
+        world.run_until(16.4)
+        times.update(world.sent(world.gateway, INITIATION))
+    assert len(times) == 5
 
 
 def test_a_retry_that_is_answered_ends_the_attempt() -> None:
