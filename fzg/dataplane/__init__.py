@@ -1,1 +1,1 @@
-"""The packet engine: what happens to every data packet, behind one interface with a pure and a native implementation."""
+"""The packet engine: what happens to every data packet, behind one interface with pure and native implementations."""

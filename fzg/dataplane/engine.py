@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Mapping, Sequence
 
     from fzg.sansio import Transmit
@@ -105,6 +106,14 @@ class FlowKey(NamedTuple):
 class Engine(Protocol):
     """See the module text. Methods do no I/O except `receive_udp`, `receive_tun` and `flush`."""
 
+    # -- descriptors: opened by `fzg.host`, non-blocking; the engine never waits for them.
+
+    def attach_udp(self, family: int, udp: socket.socket, *, port: int, segmentation: bool = True) -> None:
+        """Use this socket, which stays the caller's to close. `segmentation`: send batches by UDP_SEGMENT."""
+
+    def attach_tun(self, descriptor: int, *, vnet_hdr: bool = True, offloads: bool = True) -> None:
+        """Use this TUN. `vnet_hdr`: reads and writes carry virtio headers; `offloads`: it takes super-packets."""
+
     # -- sessions: WireGuard makes keys and decides on their life; the engine counts, seals and opens.
 
     def add_session(
@@ -146,7 +155,7 @@ class Engine(Protocol):
     def install_flow(
         self, peer: int, key: FlowKey, *, inbound: bool, rewrite: Rewrite | None, valid_until: float, token: int
     ) -> None:
-        """Forward what matches `key`. `inbound`: from the client; else from the TUN to the client. Replaces an entry."""
+        """Forward what matches `key`, `inbound` from the client or else from the TUN. Replaces an entry."""
 
     def revoke(self, peer: int) -> None:
         """Void all flow entries of the peer. On return no packet checked under them can still be written."""
@@ -174,8 +183,15 @@ class Engine(Protocol):
     def transmit(self, transmit: Transmit) -> None:
         """Queue a datagram of the core: STUN, TURN, handshakes, sealed packets."""
 
-    def flush(self) -> None:
-        """Write both queues, in order per destination and per flow, as super-packets where the kernel has them."""
+    def flush(self) -> bool:
+        """Write both queues, in order per destination and per flow, as super-packets where the kernel has them.
+
+        False: a descriptor takes no more now; what is left stays queued (bounded) for the next call, which is due when
+        one of `congested` is writable. Until then the caller should not read the other side.
+        """
+
+    def congested(self) -> Sequence[int]:
+        """Descriptors that have something queued which they did not take at the last `flush`."""
 
     def counters(self) -> Mapping[str, int]:
         """Totals since start by name: packets, bytes, segments, drops by reason."""
