@@ -1,4 +1,4 @@
-"""The development portal: gateway, client and relay sockets on one port, and a ledger of all that is said (spec portal.md 5).
+"""The development portal: gateway, client and relay sockets, and a ledger of all that is said (spec portal.md 5).
 
 Beyond the specification a relay may name a `registrar` in its join, the control socket that must know a device's TURN
 credentials before the device does (coturn needs it).

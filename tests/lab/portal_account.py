@@ -1,4 +1,4 @@
-"""The account behind the portal: who is online, with which relays, and who may reach what (spec portal.md 5.3 to 5.7)."""
+"""The account behind the portal: who is online, with which relays, who may reach what (spec portal.md 5.3 and on)."""
 
 from __future__ import annotations
 

@@ -1,0 +1,338 @@
+"""Networks of namespaces: hosts, bridges, NAT routers. Nothing outside them is touched.
+
+Names are `fzlab-<pid>.<start time>.<n>-<role>`; what a dead process left is removed by the next that makes a network.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from enum import StrEnum
+from ipaddress import IPv4Interface, IPv6Interface, ip_interface
+from pathlib import Path
+from typing import Self
+
+from tests.lab.process import lab_environment
+
+NETNS = Path("/run/netns")
+_PREFIX = "fzlab-"
+_QUEUE = "100000"  # transmit queue of every interface (spec operations.md 5.1)
+_serial = itertools.count(1)
+
+
+class Nat(StrEnum):
+    """What stands between a party and the internet (spec operations.md 5.1)."""
+
+    NONE = "none"
+    """Nothing: the party has public addresses."""
+    CONE = "cone"
+    """Port-preserving source NAT that only lets answers in: hole punching works."""
+    SYMMETRIC = "symmetric"
+    """A random source port for each flow: hole punching fails."""
+
+
+class Namespace:
+    """One network namespace with its own loopback; `prefix` runs commands in it."""
+
+    def __init__(self, name: str, files: Path) -> None:
+        self.name = name
+        self.path = NETNS / name
+        self._files = files
+        self._binds: dict[str, Path] = {}
+        run("ip", "netns", "add", name)
+        self.ip("link set lo up")
+        self.sysctl(ipv6__conf__default__accept_dad=0, ipv6__conf__default__accept_ra=0)
+
+    def ip(self, *lines: str) -> None:
+        """Run lines of `ip -batch`, e.g. `link set eth0 up`."""
+        run("ip", "-n", self.name, "-batch", "-", stdin="\n".join(lines) + "\n")
+
+    def nft(self, script: str) -> None:
+        """Load an nftables script."""
+        run(*self.prefix(binds=False), "nft", "-f", "-", stdin=script)
+
+    def sysctl(self, **values: int) -> None:
+        """Set keys below /proc/sys/net, written with `__` for the slash: `ipv4__ip_forward=1`."""
+        script = ";".join(f"echo {value} > /proc/sys/net/{key.replace('__', '/')}" for key, value in values.items())
+        run(*self.prefix(binds=False), "sh", "-ec", script)
+
+    def file(self, target: str, text: str) -> None:
+        """Let commands see this text at `target`, which must exist outside; nothing is written there."""
+        source = self._files / f"{self.name.rpartition('-')[2]}{target.replace('/', '_')}"
+        source.write_text(text)
+        self.bind(target, source)
+
+    def bind(self, target: str, source: Path) -> None:
+        """Let commands see `source`, a file or a directory, at `target`, which must exist outside."""
+        self._binds[target] = source
+
+    def prefix(self, *, binds: bool = True) -> list[str]:
+        """What to put before a command so that it runs here; the process id stays the same."""
+        enter = ["nsenter", f"--net={self.path}", "--"]
+        if not (binds and self._binds):
+            return enter
+        mounts = " && ".join(f"mount --bind {source} {target}" for target, source in self._binds.items())
+        script = f'{mounts} && exec "$@"'
+        return [*enter, "unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh"]
+
+    def run(self, *command: str | Path, timeout: float = 60.0, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run a command here to its end."""
+        environment = dict(os.environ) | lab_environment()
+        arguments = [*self.prefix(), *map(str, command)]
+        done = subprocess.run(arguments, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
+        if check and done.returncode != 0:
+            raise RuntimeError(f"{command} in {self.name}: status {done.returncode}\n{done.stdout}{done.stderr}")
+        return done
+
+    def python(self, source: str, *arguments: str, timeout: float = 60.0) -> str:
+        """Run Python source here and return what it prints."""
+        return self.run(sys.executable, "-c", source, *arguments, timeout=timeout).stdout
+
+    def has_interface(self, name: str) -> bool:
+        """Whether an interface of this name exists and is up."""
+        shown = subprocess.run(
+            ["ip", "-n", self.name, "-o", "link", "show", "dev", name], capture_output=True, text=True, check=False
+        )
+        return shown.returncode == 0 and ("UP" in shown.stdout.partition("<")[2].partition(">")[0].split(","))
+
+    def address(self, name: str, *, ipv6: bool = False) -> str | None:
+        """The first global address of an interface."""
+        family = "-6" if ipv6 else "-4"
+        shown = subprocess.run(
+            ["ip", "-n", self.name, family, "-o", "address", "show", "dev", name, "scope", "global"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        words = shown.stdout.split()
+        return words[3].partition("/")[0] if len(words) > 3 else None
+
+    def flush_conntrack(self) -> None:
+        """Forget every connection that is tracked here."""
+        self.python("from pyroute2.netlink.nfnetlink.nfctsocket import NFCTSocket as S; s = S(); s.flush(); s.close()")
+
+    def snmp(self) -> dict[str, int]:
+        """Counters such as `Udp.RcvbufErrors`, as `nstat` reads them."""
+        values: dict[str, int] = {}
+        lines = self.run("cat", "/proc/net/snmp").stdout.splitlines()
+        for names, numbers in zip(lines[::2], lines[1::2], strict=True):
+            group, *keys = names.replace(":", ".").split()
+            values |= {group + key: int(number) for key, number in zip(keys, numbers.split()[1:], strict=True)}
+        for line in self.run("cat", "/proc/net/snmp6").stdout.splitlines():
+            key, number = line.split()
+            values[key] = int(number)
+        return values
+
+    def pids(self) -> list[int]:
+        """The processes in here."""
+        return [int(pid) for pid in run("ip", "netns", "pids", self.name).split()]
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """A party's place: its namespace, its own addresses, its router (None without NAT) and the public addresses."""
+
+    namespace: Namespace
+    ipv4: str
+    ipv6: str
+    router: Namespace | None
+    public_ipv4: str
+    public_ipv6: str
+
+
+class Network:
+    """An `internet` bridge and what hangs on it. A context manager; also cleaned up at exit and after a crash."""
+
+    INTERNET = (ip_interface("203.0.113.0/24"), ip_interface("203:0:113::/64"))
+
+    def __init__(self) -> None:
+        remove_stale()
+        NETNS.mkdir(parents=True, exist_ok=True)
+        self._label = f"{_PREFIX}{os.getpid()}.{_start_time(os.getpid())}.{next(_serial)}-"
+        self._directory = tempfile.TemporaryDirectory(prefix=f"{_PREFIX}{os.getpid()}-")
+        self.directory = Path(self._directory.name)
+        self.namespaces: dict[str, Namespace] = {}
+        self._interfaces = itertools.count(1)
+        atexit.register(self.close)
+        try:
+            self.internet = self.namespace("internet")
+            self.internet.ip("link add br0 type bridge forward_delay 0 mcast_snooping 0", "link set br0 up")
+        except BaseException:
+            self.close()
+            raise
+
+    def namespace(self, role: str) -> Namespace:
+        """A new namespace that is connected to nothing."""
+        made = Namespace(self._label + role, self.directory)
+        self.namespaces[role] = made
+        return made
+
+    def link(self, one: Namespace, name: str, other: Namespace, other_name: str) -> None:
+        """Connect two namespaces by a pair of interfaces, both up."""
+        one.ip(
+            f"link add {name} txqueuelen {_QUEUE} type veth peer name {other_name} netns {other.name}",
+            f"link set {name} up",
+        )
+        other.ip(f"link set {other_name} txqueuelen {_QUEUE} up")
+
+    def attach_public(self, namespace: Namespace, number: int, *, interface: str = "internet") -> None:
+        """Put a namespace on the internet as 203.0.113.`number` and 203:0:113::`number`."""
+        port = f"port{next(self._interfaces)}"
+        self.link(namespace, interface, self.internet, port)
+        self.internet.ip(f"link set {port} master br0")
+        ipv4, ipv6 = public_addresses(number)
+        namespace.ip(f"address add {ipv4}/24 dev {interface}", f"address add {ipv6}/64 dev {interface} nodad")
+
+    def party(self, role: str, nat: Nat, *, public: int, private: int) -> Attachment:
+        """A host behind a router of this kind; its private network is 172.`private`.0.0/24 and 172:`private`:0::/64."""
+        host = self.namespace(role)
+        ipv4, ipv6 = public_addresses(public)
+        if nat is Nat.NONE:
+            self.attach_public(host, public, interface="eth0")
+            return Attachment(host, ipv4, ipv6, None, ipv4, ipv6)
+        router = self.namespace(f"{role}_router")
+        inside = IPv4Interface(f"172.{private}.0.100/24"), IPv6Interface(f"172:{private}:0::100/64")
+        self.link(host, "eth0", router, "internal")
+        host.ip(
+            f"address add {inside[0]} dev eth0",
+            f"address add {inside[1]} dev eth0 nodad",
+            f"route add default via 172.{private}.0.254",
+            f"route add default via 172:{private}:0::254",
+        )
+        self.attach_public(router, public)
+        router.ip(
+            f"address add 172.{private}.0.254/24 dev internal",
+            f"address add 172:{private}:0::254/64 dev internal nodad",
+        )
+        router.sysctl(ipv4__ip_forward=1, ipv6__conf__all__forwarding=1)
+        router.nft(_router_rules(nat, str(inside[0].network), str(inside[1].network)))
+        return Attachment(host, str(inside[0].ip), str(inside[1].ip), router, ipv4, ipv6)
+
+    def block(self, one: Attachment, other: Attachment, *, blocked: bool = True) -> None:
+        """Drop all packets between two parties at the router of `one`, or stop doing so."""
+        place = one.router or one.namespace
+        table = f"blocked_{other.public_ipv4.replace('.', '_')}"
+        if not blocked:
+            place.nft(f"delete table inet {table}\n")
+            return
+        addresses = (("ip", other.public_ipv4), ("ip6", other.public_ipv6))
+        incoming = "; ".join(f"{family} saddr {address} drop" for family, address in addresses)
+        outgoing = "; ".join(f"{family} daddr {address} drop" for family, address in addresses)
+        place.nft(
+            f"table inet {table} {{\n"
+            f"chain incoming {{ type filter hook prerouting priority raw; {incoming}; }}\n"
+            f"chain outgoing {{ type filter hook postrouting priority filter; {outgoing}; }}\n}}\n"
+        )
+
+    def flush_conntrack(self) -> None:
+        """Let every router forget its connections, so that the next one starts from nothing."""
+        for role, namespace in self.namespaces.items():
+            if role.endswith("_router"):
+                namespace.flush_conntrack()
+
+    def close(self) -> None:
+        """Kill what still runs inside and remove the namespaces. Idempotent."""
+        atexit.unregister(self.close)
+        namespaces, self.namespaces = self.namespaces, {}
+        for namespace in namespaces.values():
+            _remove(namespace.name)
+        self._directory.cleanup()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def public_addresses(number: int) -> tuple[str, str]:
+    """The internet's addresses with this host number, written decimally in both families (203:0:113::101 as in 5.1)."""
+    return f"203.0.113.{number}", f"203:0:113::{number}"
+
+
+def remove_stale() -> None:
+    """Remove the namespaces of processes that are gone."""
+    if not NETNS.is_dir():
+        return
+    for path in NETNS.glob(_PREFIX + "*"):
+        pid, _, rest = path.name.removeprefix(_PREFIX).partition(".")
+        start = rest.partition(".")[0]
+        if pid.isdigit() and start.isdigit() and _start_time(int(pid)) != int(start):
+            _remove(path.name)
+
+
+def run(*command: str, stdin: str | None = None) -> str:
+    """Run a command outside; its output, or RuntimeError with what it said."""
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}: status {done.returncode}\n{stdin or ''}\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def can_make_namespaces() -> bool:
+    """Whether this process may; if not, `user_namespace_command` may help."""
+    return os.geteuid() == 0 and not subprocess.run(["unshare", "--net", "true"], check=False).returncode
+
+
+def user_namespace_command(*command: str | Path) -> list[str]:
+    """The command, run as root of a fresh user namespace with a `/run` of its own: an ordinary user may build networks.
+
+    /dev/net/tun must be open to the caller, and iproute2, nftables and util-linux installed.
+    """
+    script = 'mount -t tmpfs tmpfs /run && exec "$@"'
+    unshare = ["unshare", "--user", "--map-root-user", "--mount", "--net", "--propagation", "private"]
+    return [*unshare, "sh", "-ec", script, "sh", *map(str, command)]
+
+
+def _router_rules(nat: Nat, network4: str, network6: str) -> str:
+    # The input filter matters: without it an unsolicited packet is confirmed in conntrack and occupies the port that a
+    # later outbound packet would get, so that hole punching never succeeds.
+    flag = " random" if nat is Nat.SYMMETRIC else ""
+    return f"""
+table inet router {{
+    chain input {{
+        type filter hook input priority filter; policy drop;
+        ct state established,related accept
+        iifname "lo" accept
+        meta l4proto {{ icmp, ipv6-icmp }} accept
+    }}
+    chain forward {{
+        type filter hook forward priority filter; policy accept;
+        iifname "internet" ct state new drop
+    }}
+    chain postrouting {{
+        type nat hook postrouting priority srcnat; policy accept;
+        oifname "internet" ip saddr {network4} masquerade{flag}
+        oifname "internet" ip6 saddr {network6} masquerade{flag}
+    }}
+}}
+"""
+
+
+def _remove(name: str) -> None:
+    listed = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False)
+    pids = [int(pid) for pid in listed.stdout.split() if int(pid) != os.getpid()]
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + 5
+    while any(_start_time(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+
+
+def _start_time(pid: int) -> int:
+    """The kernel's start time of a process in ticks, 0 if there is none (or only its zombie)."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return 0 if fields[0] == "Z" else int(fields[19])
