@@ -81,6 +81,7 @@ class ScriptedRelay:
         self.loss = 0.0
         self.loss_random = Random(5)
         self.delay_by_family: dict[int, float] = {}
+        self.next_delays: list[float] = []
         # record
         self.count: Counter[int] = Counter()
 
@@ -315,6 +316,8 @@ class Network:
                 if transmit.destination in relay.sockets:
                     client = HOST4 if len(transmit.destination.ip) == 4 else HOST6
                     delay = relay.delay_by_family.get(len(client.ip), relay.delay)
+                    if relay.next_delays:
+                        delay = relay.next_delays.pop(0)
                     for answer in relay.handle(transmit.payload, client, self.now):
                         self.deliver(answer, transmit.destination, delay)
 
