@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import socket
+import time
 from typing import TYPE_CHECKING
 
 import gevent
@@ -16,14 +17,16 @@ from gevent.threadpool import ThreadPool
 from fzg.dataplane.engine import Datagram, FlowReport, InnerPacket, OutboundPacket, SessionConfirmed
 from fzg.dataplane.pure import PureEngine
 from fzg.gateway import ConfigureHost, Gateway, Resolve, SendToPortal
-from fzg.host import clock, sysctl, trust, tun, udp
-from fzg.host.network import HostNetwork, HostNetworkError
+from fzg.host import clock, trust, tun, udp
+from fzg.host.network import HostError, HostNetwork, MasqueradeMode
 from fzg.host.resolver import Resolver
 from fzg.node.node import Node
 from fzg.ops import logs
 from fzg.ops.health import Health
-from fzg.portal import url, user_agent
-from fzg.portal.websocket import PortalConnection
+from fzg.portal import identity, url, user_agent
+from fzg.portal.backoff import Reconnect
+from fzg.portal.dial import DialOptions
+from fzg.portal.websocket import Login, PortalConnection
 from fzg.tunnel.tunnel import Tunnel
 from fzg.wireguard.keys import KeyPair
 
@@ -31,7 +34,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from fzg.dataplane.engine import Item
-    from fzg.portal import messages
+    from fzg.host.network import Report
+    from fzg.portal.messages import CandidateBroadcast, Inbound
     from fzg.settings import Settings
 
 _LOG = logging.getLogger(__name__)
@@ -53,11 +57,18 @@ class App:
         self._settings = settings
         self._stop: AsyncResult[None] = AsyncResult()
         self._wake = Event()
+        self._congested = Event()
+        self._flowing = Event()
+        self._flowing.set()
         self._host_thread = ThreadPool(1)
         self._resolutions = Pool(CONCURRENT_RESOLUTIONS)
         self._tun_configured = settings.tun_fd is not None
         self._joined_once = False
         self._armed_at = float("inf")
+        self._network: HostNetwork | None = None
+        self._sockets: list[udp.UdpSocket] = []
+        # With a descriptor in place of the TUN no route leads into the tunnel, so no mark is needed to stay out of it.
+        self._mark = udp.FIREWALL_MARK if settings.tun_fd is None else None
 
     def run(self) -> int:
         """Start, serve until told to stop, say goodbye. 0 after a signal; raises `FatalError` otherwise."""
@@ -80,80 +91,101 @@ class App:
 
     def _start(self) -> None:
         settings, now = self._settings, clock.now()
-        if settings.increase_buffers and settings.tun_fd is None:
-            sysctl.raise_socket_buffers()
         static = KeyPair.generate(os.urandom)
         try:
-            endpoint = url.portal_url(settings.api_url)
-        except url.UrlError as error:
-            raise FatalError(f"the portal's address {settings.api_url!r} cannot be used: {error}") from error
-        self._engine = PureEngine(offloads=settings.offloads)
+            portal_url = url.PortalUrl.parse(settings.api_url)
+            trusted = trust.trust_store()
+        except (url.InvalidUrl, HostError) as error:
+            raise FatalError(str(error)) from error
+        self._engine = PureEngine()
         self._open_sockets()
         self._open_tun()
-        unix_offset = clock.unix_offset()
+        self._clock_steps = clock.StepDetector(now, time.time())
+        unix_offset = self._clock_steps.offset
         node = Node(static=static, engine=self._engine, random=os.urandom, unix_offset=unix_offset, now=now)
         self._gateway = Gateway(
             node=node, tunnel=Tunnel(now=now), engine=self._engine, unix_offset=unix_offset, now=now
         )
         self._resolver = Resolver()
-        self._clock_steps = clock.StepDetector()
         self._health = Health(settings.health_address, self)
         self._health.start()
-        context, store = trust.client_context()
-        _LOG.info("Portal certificates are checked against %s", store)
+        _LOG.info(trusted.description)
         self._portal = PortalConnection(
-            url=endpoint,
-            token=settings.token,
-            external_id=settings.firezone_id,
-            name=settings.name,
-            public_key=static.public,
-            user_agent=user_agent.user_agent(),
-            tls_context=context,
-            max_partition_time=settings.max_partition_time,
-            handler=self,
+            Login(
+                url=portal_url,
+                token=settings.token,
+                external_id=identity.external_id(settings.firezone_id),
+                name=settings.name,
+                public_key=static.public,
+                user_agent=user_agent.host_user_agent(),
+            ),
+            self,
+            dialing=DialOptions(resolve=_addresses_of, ssl_context=trusted.context, mark=self._mark),
+            reconnect=Reconnect(random=os.urandom, max_partition=settings.max_partition_time),
         )
         self._handle_signals()
         self._essential("timer", self._run_timer)
-        for family in self._families:
-            self._essential("udp", self._run_pump, self._udp_sockets[family].fileno(), self._receive_udp, family)
+        self._essential("flusher", self._run_flusher)
+        for opened in self._sockets:
+            self._essential("udp", self._run_pump, opened.socket.fileno(), self._receive_udp, opened.family)
         self._essential("tun", self._run_pump, self._tun_fd, self._receive_tun)
         self._essential("portal", self._portal.run)
 
     def _open_sockets(self) -> None:
         settings = self._settings
-        self._udp_sockets = {}
-        for family in (socket.AF_INET, socket.AF_INET6):
-            opened = udp.open_socket(
-                family,
-                send_buffer=settings.udp_send_buffer,
-                receive_buffer=settings.udp_receive_buffer,
+        try:
+            sockets, missing = udp.open_sockets(
+                mark=self._mark,
+                send_buffer=settings.udp_send_buffer or udp.SEND_BUFFER_SIZE,
+                receive_buffer=settings.udp_receive_buffer or udp.RECEIVE_BUFFER_SIZE,
                 gro=settings.offloads.udp_gro,
-                mark=settings.tun_fd is None,
             )
-            if opened is not None:
-                self._udp_sockets[family] = opened
-                self._engine.attach_udp(family, opened)
-        self._families = tuple(self._udp_sockets)
+        except udp.MarkRefusedError as error:
+            raise FatalError(str(error)) from error
+        if not sockets:
+            raise FatalError(f"no UDP socket can be opened: {missing[0].error}") from missing[0].error
+        for unbound in missing:
+            _LOG.info("No UDP over %s: %s", socket.AddressFamily(unbound.family).name, unbound.error.strerror)
+        for opened in sockets:
+            if opened.port != udp.PREFERRED_PORT:
+                _LOG.info(
+                    "UDP port %d is taken, using another; a port forwarding for direct connections must name it",
+                    udp.PREFERRED_PORT,
+                    extra={"family": socket.AddressFamily(opened.family).name, "port": opened.port},
+                )
+            self._engine.attach_udp(
+                opened.family, opened.socket, port=opened.port, segmentation=settings.offloads.udp_gso
+            )
+        self._sockets = sockets
 
     def _open_tun(self) -> None:
         if self._settings.tun_fd is not None:
             self._tun_fd = self._settings.tun_fd
             os.set_blocking(self._tun_fd, False)
             self._engine.attach_tun(self._tun_fd, offloads=self._settings.offloads.tun)
-            self._network = None
             return
+        network = HostNetwork()
         try:
             device = tun.open_tun(offloads=self._settings.offloads.tun)
-            self._network = HostNetwork(masquerade=str(self._settings.masquerade))
-            self._on_host_thread(self._network.prepare)
-        except (tun.TunError, HostNetworkError) as error:
+            self._say(
+                self._host_thread.apply(
+                    network.prepare,
+                    (MasqueradeMode(self._settings.masquerade),),
+                    {"raise_buffers": self._settings.increase_buffers},
+                )
+            )
+        except (tun.TunError, HostError) as error:
             raise FatalError(str(error)) from error
-        self._tun_fd = device.fileno()
-        self._tun_device = device
+        if self._settings.offloads.tun and not device.offloads:
+            _LOG.info("The kernel has no segmentation offload for TUN devices (it came with Linux 6.2)")
+        self._network = network
+        self._tun_fd = device.descriptor
         self._engine.attach_tun(self._tun_fd, offloads=device.offloads)
 
-    def _on_host_thread(self, call: Callable[..., Sequence[str]], *arguments: object) -> None:
-        for warning in self._host_thread.apply(call, arguments):
+    def _say(self, report: Report) -> None:
+        for note in report.notes:
+            _LOG.info(note)
+        for warning in report.warnings:
             _LOG.warning(warning)
 
     # -- the portal's callbacks
@@ -165,7 +197,7 @@ class App:
         self._gateway.handle_portal_connected(now)
         self._drain()
 
-    def on_message(self, message: messages.Inbound) -> None:
+    def on_message(self, message: Inbound) -> None:
         """One portal message."""
         now = clock.now()
         self._gateway.handle_portal_message(message, now)
@@ -177,9 +209,10 @@ class App:
         self._gateway.handle_portal_disconnected(now)
         self._drain()
 
-    def on_unwritten(self, message: messages.Outbound) -> None:
-        """A message that died with its socket."""
-        self._gateway.handle_unwritten(message)
+    def on_unsent(self, messages: Sequence[CandidateBroadcast]) -> None:
+        """Candidates that died with their socket."""
+        for message in messages:
+            self._gateway.handle_unsent(message)
 
     def on_fatal(self, error: Exception) -> None:
         """The portal refused us for good."""
@@ -202,8 +235,8 @@ class App:
             self._wake.clear()
             self._wake.wait(max(0.0, self._armed_at - now))
             now = clock.now()
-            step = self._clock_steps.check(now)
-            if step:
+            step = self._clock_steps.check(now, time.time())
+            if step is not None:
                 _LOG.info("The wall clock was set", extra={"by_seconds": round(step, 3)})
                 self._gateway.handle_clock_step(step, now)
             self._gateway.handle_timeout(now)
@@ -223,15 +256,21 @@ class App:
         return self._engine.receive_udp(family, now)
 
     def _receive_tun(self, now: float) -> Sequence[Item]:
+        if not self._flowing.is_set():
+            self._flowing.wait()
+            now = clock.now()
         return self._engine.receive_tun(now)
 
     def _dispatch(self, items: Sequence[Item], now: float) -> None:
         """Control first: a flood of data must not delay a handshake found in the same batch."""
         gateway = self._gateway
         for item in items:
+            if isinstance(item, Datagram):
+                gateway.handle_datagram(item.payload, item.source, item.local, now)
+        for item in items:
             match item:
-                case Datagram(payload=payload, source=source, local=local):
-                    gateway.handle_datagram(payload, source, local, now)
+                case Datagram():
+                    pass
                 case SessionConfirmed(local_index=local_index):
                     gateway.handle_session_confirmed(local_index, now)
                 case InnerPacket(peer=peer, packet=packet, ecn=ecn):
@@ -241,12 +280,25 @@ class App:
                 case FlowReport():
                     gateway.handle_flow_report(*item)
 
+    def _run_flusher(self) -> None:
+        """Write on what full kernel queues refused; the TUN is not read meanwhile, so nothing overtakes."""
+        hub = gevent.get_hub()
+        while True:
+            self._congested.wait()
+            while not self._engine.flush():
+                for fd in self._engine.congested():
+                    hub.wait(hub.loop.io(fd, 2))
+            self._congested.clear()
+            self._flowing.set()
+
     def _drain(self) -> None:
         """Carry out everything the core decided; called after every input, switches to no other greenlet."""
         gateway, engine = self._gateway, self._engine
         while (transmit := gateway.poll_transmit()) is not None:
             engine.transmit(transmit)
-        engine.flush()
+        if not engine.flush():
+            self._flowing.clear()
+            self._congested.set()
         while (event := gateway.poll_event()) is not None:
             match event:
                 case SendToPortal(message=message):
@@ -271,11 +323,11 @@ class App:
         if self._network is None:
             return
         try:
-            result = self._host_thread.apply(self._network.configure, (wanted.ipv4, wanted.ipv6))
-        except HostNetworkError as error:
+            configured = self._host_thread.apply(self._network.configure, (wanted.ipv4, wanted.ipv6))
+        except HostError as error:
             self._fail(FatalError(str(error)))
             return
-        for warning in result.warnings:
+        for warning in configured.warnings:
             _LOG.warning(warning)
         self._tun_configured = True
 
@@ -298,12 +350,18 @@ class App:
     def _shut_down(self) -> None:
         """Close frame, goodbye to clients, allocations deleted, host rules removed; at most a few seconds."""
         now = clock.now()
-        self._portal.close(timeout=GOODBYE_FLUSH)
+        self._portal.close(wait=GOODBYE_FLUSH)
         self._gateway.shutdown(now)
         while (transmit := self._gateway.poll_transmit()) is not None:
             self._engine.transmit(transmit)
         self._engine.flush()
         self._health.stop()
         if self._network is not None:
-            self._on_host_thread(self._network.remove)
+            self._say(self._host_thread.apply(self._network.remove))
         _LOG.info("Goodbye")
+
+
+def _addresses_of(host: str) -> list[str]:
+    """The portal's addresses by the system resolver, on gevent's resolver threads."""
+    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(address[0]) for *_, address in found))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import sys
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -13,7 +12,6 @@ import click
 
 from fzg import settings as s
 from fzg.ops import logs
-from fzg.secret import Secret
 from fzg.settings import LogFormat, Masquerade, Offloads, SettingError, Settings
 from fzg.version import VERSION
 
@@ -26,7 +24,7 @@ EXIT_FAILURE = 1
 EXIT_USAGE = 2
 
 
-class _Parsed(click.ParamType):
+class _Parsed(click.ParamType[Any, Any]):
     """A click type around one of the parsers of `fzg.settings`."""
 
     def __init__(self, name: str, parse: Callable[[str], object]) -> None:
@@ -166,7 +164,7 @@ def command(**options: Any) -> None:
     TOKEN is the site's or gateway's token; better put it into FIREZONE_TOKEN, or into the systemd credential of that
     name, since arguments are visible to every user of the host.
     """
-    raise SystemExit(_run(options, os.environ))
+    sys.exit(_run(options, os.environ))
 
 
 def main() -> NoReturn:
@@ -174,15 +172,24 @@ def main() -> NoReturn:
     for name in ("FIREZONE_ID", "HEALTH_CHECK_ADDR", "FIREZONE_LOG_FORMAT", "FIREZONE_METRICS", "FIREZONE_MASQUERADE"):
         if os.environ.get(name) == "":  # set but empty means unset for these: an empty id or word has no meaning
             del os.environ[name]
-    command.main(prog_name="firezone-gateway", standalone_mode=True)
-    sys.exit(0)
+    try:
+        code = command.main(prog_name="firezone-gateway", standalone_mode=False)
+    except click.UsageError as error:
+        message = error.format_message()
+        if "extra argument" in message:  # never repeat it: it may be a token
+            message = "more than one argument that is not an option"
+        click.echo(f"firezone-gateway: {message} (--help lists the options)", err=True)
+        code = EXIT_USAGE
+    except click.exceptions.Abort:
+        code = EXIT_FAILURE
+    sys.exit(code or 0)
 
 
 def _run(options: Mapping[str, Any], environment: Mapping[str, str]) -> int:
     from fzg.host import capabilities
 
-    if not options["no_check"] and options["tun_fd"] is None and not capabilities.may_administer_network():
-        click.echo(capabilities.REMEDY, err=True)
+    if not options["no_check"] and options["tun_fd"] is None and not capabilities.has_net_admin():
+        click.echo(capabilities.privilege_remedy(_executable(), os.getuid()), err=True)
         return EXIT_FAILURE
     try:
         logs.configure(
@@ -208,17 +215,21 @@ def _settings(options: Mapping[str, Any], environment: Mapping[str, str]) -> Set
     from fzg.app import FatalError
     from fzg.portal import identity
 
+    credentials = environment.get("CREDENTIALS_DIRECTORY")
     try:
         firezone_id = identity.firezone_id(options["firezone_id"])
+        token = identity.find_token(
+            options["token"], environment.get("FIREZONE_TOKEN"), Path(credentials) if credentials is not None else None
+        )
     except identity.IdentityError as error:
         raise FatalError(str(error)) from error
     flag = {name: s.parse_flag(environment.get(name, "")) for name in
             ("FIREZONE_NO_UDP_GSO", "FIREZONE_NO_UDP_GRO", "FIREZONE_NO_TUN_OFFLOAD")}  # fmt: skip
     return Settings(
-        token=_token(options["token"], environment),
+        token=token,
         firezone_id=firezone_id,
         api_url=options["api_url"],
-        name=options["firezone_name"] or _host_name(),
+        name=identity.gateway_name(options["firezone_name"], _host_name()),
         health_address=options["health_check_addr"],
         max_partition_time=options["max_partition_time"],
         masquerade=Masquerade(options["masquerade"]),
@@ -236,33 +247,15 @@ def _settings(options: Mapping[str, Any], environment: Mapping[str, str]) -> Set
     )
 
 
-def _token(argument: str | None, environment: Mapping[str, str]) -> Secret[str]:
-    """Argument, variable, systemd credential, in that order (operations 1.4)."""
-    from fzg.app import FatalError
-
-    if argument is not None:
-        return Secret(argument)
-    if "FIREZONE_TOKEN" in environment:
-        return Secret(environment["FIREZONE_TOKEN"])
-    directory = environment.get("CREDENTIALS_DIRECTORY")
-    if directory is not None:
-        try:
-            return Secret((Path(directory) / "FIREZONE_TOKEN").read_text().strip())
-        except OSError as error:
-            raise FatalError(
-                f"no token: the systemd credential {error.filename} cannot be read ({error.strerror}); give the token"
-                " as argument, in the variable FIREZONE_TOKEN or as the systemd credential FIREZONE_TOKEN"
-            ) from error
-    raise FatalError(
-        "no token: give it as argument, in the variable FIREZONE_TOKEN, or as the systemd credential FIREZONE_TOKEN"
-        " (CREDENTIALS_DIRECTORY is not set)"
-    )
-
-
-def _host_name() -> str:
+def _host_name() -> str | None:
     try:
         name = socket.gethostname()
         name.encode()
     except (OSError, UnicodeError):
-        name = ""
-    return name or str(uuid.uuid4())
+        return None
+    return name
+
+
+def _executable() -> str:
+    """The file that `setcap` must be told: the frozen one, or the interpreter."""
+    return str(Path(sys.executable).resolve())

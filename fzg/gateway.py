@@ -14,7 +14,7 @@ from fzg.node.signalling import CandidateMessage
 from fzg.portal import messages
 from fzg.sansio import Deadline, Transmit, earliest
 from fzg.tunnel import filters, resources
-from fzg.tunnel.tunnel import (
+from fzg.tunnel.events import (
     ClientEmpty,
     ClientGone,
     Consumed,
@@ -25,7 +25,6 @@ from fzg.tunnel.tunnel import (
     ResolveDomain,
     Revoked,
     SendToClient,
-    Tunnel,
 )
 from fzg.turn.events import Relay
 
@@ -33,7 +32,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fzg.dataplane.engine import Engine
-    from fzg.tunnel.tunnel import Flow
+    from fzg.tunnel.events import Flow
+    from fzg.tunnel.tunnel import Tunnel
     from fzg.wire.endpoint import Endpoint
 
 _LOG = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ class Gateway:
                 self.tunnel.set_expiry(message.client_id, message.resource_id, expires, now)
         self._settle(now)
 
-    def handle_unwritten(self, message: messages.Outbound) -> None:
+    def handle_unsent(self, message: messages.CandidateBroadcast) -> None:
         """The socket died before a candidate message was written: keep it for the next connection (portal 2.10)."""
         match message:
             case messages.BroadcastIceCandidates(client_ids=(client_id,), candidates=candidates):

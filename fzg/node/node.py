@@ -48,6 +48,7 @@ _LOG = logging.getLogger(__name__)
 
 REQUEST_LIFETIME = 10.0  # s in which the answer to one of our checks counts (connectivity 1.3)
 RELAYED_ACTIVITY_INTERVAL = 5.0  # s between looks at what the engine carried over channels; refresh is due at 240 s
+GOODBYE = control.encode(control.Goodbye())
 # Bounds the work of one client and the table of checks in flight: 100 pairs x 1000 clients, far above what is ever due.
 MAX_REQUESTS_IN_FLIGHT = 100_000
 
@@ -231,7 +232,7 @@ class Node:
         if connection is None:
             return
         if connection.path is not None:
-            connection.send(control.GOODBYE, now)
+            connection.send(GOODBYE, now)
             self._collect(connection)
         self._remove(connection)
 
@@ -307,7 +308,7 @@ class Node:
     # -- connections
 
     def _create(self, client_id: str, handle: int, identity: Identity, relay_id: str, now: float) -> None:
-        index = self._indices.next()
+        index = self._indices.next(self._by_index)
         agent = Agent(
             role=self._role,
             local=identity.local,
