@@ -76,6 +76,7 @@ class ScriptedRelay:
         self.sign_success = True
         self.linger = 0.0
         self.mismatch_before_authentication = False
+        self.errors_before_authentication = False
         self.bind_without_allocation = 437
         self.pad = False
         self.loss = 0.0
@@ -123,6 +124,8 @@ class ScriptedRelay:
             return self._success(request, [(XOR_MAPPED_ADDRESS, stun.xor_address(mapped, request.transaction_id))])
         if self.mismatch_before_authentication and request.method == ALLOCATE and self._stands(client, now):
             return self._error(request, 437, signed=False)
+        if forced and self.errors_before_authentication:
+            return self._error(request, forced[0][0], signed=False)
         nonce = self.nonces.get(client)
         if not request.has_integrity or request.username is None or request.nonce is None:
             return self._challenge(request, 401, client)
