@@ -12,7 +12,7 @@ import socket as stdlib_socket
 import struct
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import gevent
 from gevent.server import StreamServer
@@ -74,7 +74,7 @@ class ScriptedPortal:
         self._server.start()
         self.port: int = self._server.server_port
 
-    def __enter__(self) -> ScriptedPortal:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
