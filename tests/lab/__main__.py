@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import click
@@ -62,6 +64,112 @@ def portal(listen, tokens, resources, store, ledger, tls_dir, tls_names, control
         await server.stop(code=1001)
 
     asyncio.run(run())
+
+
+_RELAY_OPTIONS = (
+    click.option("--portal-url", help="Portal to join, e.g. ws://203.0.113.10:8081; none: do not join."),
+    click.option("--token", default="lab-token", show_default=True),
+    click.option("--ca", type=click.Path(), help="PEM file of the portal's certificate authority."),
+    click.option("--name", default="lab-relay", show_default=True),
+    click.option("--ipv4", help="Public IPv4 address."),
+    click.option("--port", default=3478, show_default=True),
+    click.option("--secret", help="stamp_secret; random by default."),
+    _CONTROL,
+    _READY,
+)
+
+
+def _relay_options(command):
+    for option in reversed(_RELAY_OPTIONS):
+        command = option(command)
+    return command
+
+
+@main.command()
+@click.option("--ipv6", help="Public IPv6 address.")
+@_relay_options
+def relay(portal_url, token, ca, name, ipv4, ipv6, port, secret, control, ready_fd):
+    """Run the test relay."""
+    from tests.lab import derivations
+    from tests.lab.control import ControlThread, announce_ready
+    from tests.lab.phoenix import RelayRegistration
+    from tests.lab.relay import Relay
+
+    server = Relay(ipv4=ipv4, ipv6=ipv6, port=port, secret=secret)
+    server.open()
+    registrations = []
+
+    def register():
+        while registrations:
+            registrations.pop().leave()
+        if portal_url:
+            registrations.append(
+                RelayRegistration(
+                    url=portal_url,
+                    token=token,
+                    name=name,
+                    ipv4=ipv4,
+                    ipv6=ipv6,
+                    port=server.port,
+                    stamp_secret=server.secret,
+                    ca_file=ca,
+                )
+            )
+
+    register()
+    server.on_new_secret = register
+    if control:
+        ControlThread(control, server, server.post)
+    if registrations and not registrations[0].joined.wait(15):
+        raise click.ClickException("the portal did not let us join")
+    signal.signal(signal.SIGTERM, lambda *_: server.stop())
+    signal.signal(signal.SIGINT, lambda *_: server.stop())
+    announce_ready(ready_fd, relay_id=derivations.relay_id(server.secret), port=server.port, secret=server.secret)
+    server.run()
+    for registration in registrations:
+        registration.leave()
+
+
+@main.command()
+@click.option("--directory", type=click.Path(path_type=Path), required=True, help="For configuration, users and log.")
+@click.option("--loopback-peers", is_flag=True, help="Relay to 127.0.0.0/8 too.")
+@_relay_options
+def coturn(portal_url, token, ca, name, ipv4, port, secret, directory, loopback_peers, control, ready_fd):
+    """Run coturn as a relay."""
+    from tests.lab import derivations
+    from tests.lab.control import ControlThread, announce_ready
+    from tests.lab.coturn import Coturn
+    from tests.lab.phoenix import RelayRegistration
+
+    secret = secret or os.urandom(32).hex()
+    server = Coturn(directory, ipv4=ipv4, port=port, loopback_peers=loopback_peers)
+    try:
+        if control:
+            ControlThread(control, server)
+        registration = None
+        if portal_url:
+            registration = RelayRegistration(
+                url=portal_url,
+                token=token,
+                name=name,
+                ipv4=ipv4,
+                ipv6=None,
+                port=port,
+                stamp_secret=secret,
+                ca_file=ca,
+                registrar=str(control),
+            )
+            if not registration.joined.wait(15):
+                raise click.ClickException("the portal did not let us join")
+        announce_ready(ready_fd, relay_id=derivations.relay_id(secret), port=port, secret=secret, server_pid=server.pid)
+        stopped = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stopped.set())
+        stopped.wait()
+        if registration is not None:
+            registration.leave()
+    finally:
+        server.close()
 
 
 async def _stopped() -> None:
