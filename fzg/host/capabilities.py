@@ -20,7 +20,7 @@ def has_net_admin(*, status: Path = _STATUS, uid: int | None = None) -> bool:
 def effective_capabilities(status: Path = _STATUS) -> int:
     """The effective set as a bit mask; 0 where /proc does not say."""
     try:
-        lines = status.read_text(encoding="ascii", errors="replace").splitlines()
+        lines = status.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return 0
     for line in lines:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
+import struct
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -29,7 +30,7 @@ from fzg.host.errors import HostError
 from fzg.host.netlink_socket import NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, NetlinkError, NetlinkSocket
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 # Values of the specification (tunnel 1.1, 1.2, 1.4; operations 1.13).
 SOCKET_MARK: Final = 0xFD002021
@@ -232,13 +233,15 @@ def _delete_route(netlink: NetlinkSocket, route: Any) -> None:
     _forgive(netlink, old, RTM_DELROUTE)
 
 
-def _routes(netlink: NetlinkSocket, family: _Family, table: int | None) -> list[Any]:
+def _routes(
+    netlink: NetlinkSocket, family: _Family, table: int | None, *, containing: Sequence[bytes] = ()
+) -> list[Any]:
     query = rtmsg()
     query["family"] = family.number
     if table is not None:
         query["attrs"] = [("RTA_TABLE", table)]
     try:
-        found = netlink.dump(query, RTM_GETROUTE)
+        found = netlink.dump(query, RTM_GETROUTE, containing=containing)
     except NetlinkError:  # a table that was never used, or a kernel without the family
         return []
     return [
@@ -255,7 +258,10 @@ def _destination(route: Any) -> IPv4Network | IPv6Network:
 
 def _overlaps(netlink: NetlinkSocket, family: _Family, interface: str) -> Iterator[str]:
     target = family.peers
-    for route in _routes(netlink, family, None):
+    # A destination that overlaps and is not too wide begins with the range's first bytes; 1 is RTA_DST.
+    length = 4 + family.bits // 8
+    pattern = struct.pack("=HH", length, 1) + target.network_address.packed[: family.widest_overlap // 8]
+    for route in _routes(netlink, family, None, containing=(pattern,)):
         if route["dst_len"] < family.widest_overlap or route["type"] != _RTN_UNICAST:
             continue
         table = route.get_attr("RTA_TABLE")

@@ -14,7 +14,7 @@ import struct
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 NLM_F_REQUEST: Final = 0x0001
 NLM_F_ACK: Final = 0x0004
@@ -102,16 +102,20 @@ class NetlinkSocket:
         if refusal is not None:
             raise refusal
 
-    def dump(self, message: Message, message_type: int) -> list[Any]:
-        """All objects of one kind, decoded with the class of `message`, whose fields and attributes filter."""
+    def dump(self, message: Message, message_type: int, *, containing: Sequence[bytes] = ()) -> list[Any]:
+        """All objects of one kind, decoded with the class of `message`, whose fields and attributes filter.
+
+        Only those are decoded whose encoded form has one of `containing` in it: decoding takes about 30 us apiece, and
+        hosts with a hundred thousand routes or chains exist.
+        """
         for _ in range(_DUMP_ATTEMPTS):
             self._socket.send(self._encode(message, message_type, NLM_F_REQUEST | NLM_F_DUMP))
-            objects, interrupted = self._collect(type(message))
+            objects, interrupted = self._collect(type(message), containing)
             if not interrupted:
                 return objects
         raise NetlinkError(errno.EINTR, "the list changed each time it was read")
 
-    def _collect(self, message_class: type[Message]) -> tuple[list[Any], bool]:
+    def _collect(self, message_class: type[Message], containing: Sequence[bytes]) -> tuple[list[Any], bool]:
         objects: list[Any] = []
         interrupted = False
         while (part := self._receive()) is not None:
@@ -121,6 +125,8 @@ class NetlinkSocket:
                     if (refusal := _error(body, flags)) is not None:
                         raise refusal
                     return objects, interrupted
+                if containing and not any(pattern in body for pattern in containing):
+                    continue
                 message = message_class(_HEADER.pack(_HEADER.size + len(body), kind, flags, 0, 0) + body)
                 message.decode()
                 objects.append(message)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from fzg.host import netlink, sysctl
 from fzg.host.errors import HostError, Report
 from fzg.host.netlink import Configured
-from fzg.host.nftables import Firewall, MasqueradeMode
+from fzg.host.nftables import Firewall, MasqueradeMode, legacy_tables_note
 
 if TYPE_CHECKING:
     from ipaddress import IPv4Address, IPv6Address
@@ -28,6 +28,7 @@ class HostNetwork:
         self._interface = interface
         self._firewall = Firewall(interface)
         self._mode = MasqueradeMode.OFF
+        self._addresses: tuple[IPv4Address | None, IPv6Address | None] | None = None
 
     def prepare(self, masquerade: MasqueradeMode, *, raise_buffers: bool = True) -> Report:
         """Buffer ceilings, forwarding, masquerading, accepts in foreign chains; replaces what a killed process left.
@@ -38,6 +39,8 @@ class HostNetwork:
         report = sysctl.raise_buffer_ceilings() if raise_buffers else Report()
         report.add(sysctl.enable_forwarding(enable_ipv6=masquerade is MasqueradeMode.ON))
         report.add(self._firewall.apply(masquerade))
+        if note := legacy_tables_note(self._interface):
+            report.notes.append(note)
         report.warnings.extend(netlink.overlap_warnings(self._interface))
         return report
 
@@ -46,14 +49,26 @@ class HostNetwork:
 
         Raises HostError when neither family works or the device is gone.
         """
-        return netlink.configure_device(self._interface, ipv4, ipv6)
+        configured = netlink.configure_device(self._interface, ipv4, ipv6)
+        self._addresses = (ipv4, ipv6)
+        return configured
 
     def repair(self) -> Report:
-        """Put back what other tools flushed, and accept in chains that began to drop since; every minute or so."""
-        return Report() if self._firewall.is_intact() else self._firewall.apply(self._mode)
+        """Put back what other tools flushed, and accept in chains that began to drop since; every minute or so.
+
+        A restart of systemd-networkd deletes rules it did not make, one of Docker sets the policy of FORWARD to drop.
+        """
+        report = Report() if self._firewall.is_intact() else self._firewall.apply(self._mode)
+        if self._addresses is not None:
+            try:
+                report.warnings.extend(netlink.configure_device(self._interface, *self._addresses).warnings)
+            except (HostError, OSError) as error:
+                report.warnings.append(str(error))
+        return report
 
     def remove(self) -> Report:
         """Delete rules, routes and nftables objects; the sysctls stay, since others may rely on them by now."""
+        self._addresses = None
         report = self._firewall.remove()
         try:
             netlink.remove_rules_and_routes()

@@ -8,7 +8,9 @@ finds what a killed process left. Everything that belongs together is one transa
 from __future__ import annotations
 
 import errno
+import struct
 from enum import Enum, StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pyroute2.netlink import NETLINK_NETFILTER
@@ -58,7 +60,9 @@ _IFNAMSIZ: Final = 16
 _JUMP_DEPTH: Final = 16  # the kernel's own limit on nested jumps (NFT_JUMP_STACK_SIZE)
 
 # Expressions without a say in where the packet goes; a rule made of these and a verdict holds for every packet.
-_NEUTRAL: Final = frozenset({"counter", "log", "limit", "notrack", "last", "quota", "comment"})
+_NEUTRAL: Final = frozenset({"counter", "log", "notrack", "last"})
+# NFTA_CHAIN_TYPE as it is encoded: length, type, text.
+_FILTER_CHAIN: Final = struct.pack("=HH", 4 + len(b"filter\0"), 7) + b"filter\0"
 _TERMINAL_TARGETS: Final = frozenset({"REJECT", "DROP"})  # targets of iptables-nft rules
 
 _FAMILY_NAME: Final = {NFPROTO_IPV4: "ip", NFPROTO_IPV6: "ip6", NFPROTO_INET: "inet"}
@@ -197,7 +201,15 @@ class Firewall:
         yield _Step(rule, NFT_MSG_NEWRULE, NLM_F_CREATE)
 
     def _accept_forwarding(self, netlink: NetlinkSocket, report: Report) -> None:
-        for chain, policy in _forward_chains(_chains(netlink)):
+        try:
+            chains = list(_forward_chains(_chains(netlink)))
+        except NetlinkError as error:
+            report.warnings.append(
+                f"The firewall cannot be inspected ({error.strerror}), so it may drop packets of clients. "
+                "Run the gateway as root or with CAP_NET_ADMIN."
+            )
+            return
+        for chain, policy in chains:
             try:
                 tagged = _tagged(_rules(netlink, chain))
                 wanted = self._missing(netlink, chain, policy, ignoring=tagged)
@@ -274,6 +286,20 @@ class Firewall:
             )
 
 
+def legacy_tables_note(interface: str, names: Path = Path("/proc/net/ip_tables_names")) -> str:
+    """A sentence when rules of the older iptables are in force, which nftables cannot show; else empty."""
+    try:
+        if "filter" not in names.read_text(encoding="utf-8").split():
+            return ""
+    except OSError:  # absent, or only root may know
+        return ""
+    return (
+        "This host has rules of the legacy iptables, which cannot be inspected. If clients reach nothing behind it, "
+        f"run as root: iptables-legacy -I FORWARD -i {interface} -j ACCEPT; "
+        f"iptables-legacy -I FORWARD -o {interface} -j ACCEPT"
+    )
+
+
 class _Step(NamedTuple):
     message: Any
     kind: int
@@ -318,7 +344,11 @@ def _delete_rule(chain: _Chain, rule: Any) -> _Step:
 
 
 def _chains(netlink: NetlinkSocket) -> Iterator[tuple[_Chain, Any]]:
-    for message in netlink.dump(nft_chain_msg(), NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETCHAIN):
+    """Our own chains, and all base chains that filter."""
+    found = netlink.dump(
+        nft_chain_msg(), NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETCHAIN, containing=(_FILTER_CHAIN, TABLE_NAME.encode())
+    )
+    for message in found:
         family = message["nfgen_family"]
         if family in _FAMILY_NAME:
             yield _Chain(family, message.get_attr("NFTA_CHAIN_TABLE"), message.get_attr("NFTA_CHAIN_NAME")), message

@@ -27,6 +27,8 @@ LIMIT_SECONDS: Final = 10.0
 
 # Both lookups end a little before the limit, so that one that answered is not lost with one that did not.
 _LOOKUP_SECONDS: Final = LIMIT_SECONDS - 0.5
+# Once one family has addresses, the other is waited for no longer than this: some servers never answer AAAA.
+_GRACE_SECONDS: Final = 3.0
 # dnspython's default, kept as the ceiling: resolv.conf's 5 s would leave no time for a third nameserver.
 _TRY_SECONDS: Final = 2.0
 # Files are compared by their metadata at most this often, however many names are asked for.
@@ -79,7 +81,7 @@ class Resolver:
         return self._problem
 
     def resolve(self, domain: str) -> list[Address] | None:
-        """All addresses of `domain`, IPv4 first, sorted; empty when it has none or cannot be asked for; None on timeout."""
+        """All addresses of `domain`, sorted, IPv4 first; empty when it has none or is no name; None on timeout."""
         self._refresh()
         name = _absolute(domain)
         if name is None:
@@ -87,12 +89,14 @@ class Resolver:
         known = self._hosts.get(str(name).rstrip(".").lower(), [])
         missing = [kind for kind in _TYPES if not any(_kind(address) == kind for address in known)]
         lookups = [gevent.spawn(self._lookup, name, kind) for kind in missing]
-        gevent.joinall(lookups, timeout=LIMIT_SECONDS)
-        gevent.killall([lookup for lookup in lookups if not lookup.ready()], block=False)
-        answers = [lookup.value for lookup in lookups if lookup.successful()]
-        addresses = {*known, *(address for answer in answers if answer is not None for address in answer)}
-        if lookups and not known and all(not isinstance(answer, list) for answer in answers):
+        first = gevent.joinall(lookups, timeout=LIMIT_SECONDS, count=0 if known else 1)
+        has_one = bool(known) or any(lookup.value for lookup in first)
+        gevent.joinall(lookups, timeout=_GRACE_SECONDS if has_one else LIMIT_SECONDS)
+        answers = [lookup.value for lookup in lookups if isinstance(lookup.value, list)]
+        gevent.killall(lookups, block=False)
+        if lookups and not known and not answers:
             return None
+        addresses = {*known, *(address for answer in answers for address in answer)}
         return sorted((a for a in addresses if not _is_tunnel(a)), key=lambda a: (a.version, int(a)))
 
     def _lookup(self, name: dns.name.Name, kind: dns.rdatatype.RdataType) -> list[Address] | None:

@@ -96,7 +96,7 @@ def _interfaces_with(root: Path, parameter: str, value: str) -> Iterator[str]:
         if interface.name in ("all", "default", "lo"):
             continue
         try:
-            present = (interface / parameter).read_text(encoding="ascii").strip()
+            present = (interface / parameter).read_text(encoding="utf-8").strip()
         except OSError:
             continue
         if present == value:
@@ -111,7 +111,7 @@ def _is_there(root: Path, setting: Setting) -> bool:
 def _read(root: Path, name: str) -> str:
     """The value, or an empty string where there is no such parameter."""
     try:
-        return _path(root, name).read_text(encoding="ascii").strip()
+        return _path(root, name).read_text(encoding="utf-8").strip()
     except OSError:
         return ""
 
@@ -121,7 +121,7 @@ def _write(root: Path, setting: Setting) -> str:
     if _read(root, setting.name) == setting.value:
         return ""
     try:
-        _path(root, setting.name).write_text(setting.value, encoding="ascii")
+        _path(root, setting.name).write_text(setting.value, encoding="utf-8")
     except OSError as error:
         return f"{setting} could not be set ({error.strerror})"
     return ""
