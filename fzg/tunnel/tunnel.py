@@ -214,7 +214,8 @@ class Tunnel:
             return self._drop(DropReason.EXPIRED_NAT_SESSION)
         if isinstance(entry, Entry):
             source = entry.proxy
-        if is_peer(source):
+        elif is_peer(source) or is_proxy(source):
+            # Proxy IPs exist on clients only; one that comes from the network is forged.
             return self._drop(DropReason.NOT_ALLOWED)
         admitted = client.classify(source, parsed.protocol, parsed.source_value, now)
         if isinstance(admitted, Refusal):
@@ -333,7 +334,7 @@ class Tunnel:
                 error, source=source, destination=parsed.destination, source_value=entry.source_value
             )
             return Deliver(client.id, packet, None)
-        if is_peer(parsed.source):
+        if is_peer(parsed.source) or is_proxy(parsed.source):
             return self._drop(DropReason.NOT_ALLOWED)
         # No filter holds back an error: routers that no resource names send them.
         return Deliver(client.id, bytes(parsed.data), None)
