@@ -34,12 +34,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from fzg.dataplane.engine import Item
-    from fzg.host.network import Report
+    from fzg.host.network import Configured, Report
     from fzg.portal.messages import CandidateBroadcast, Inbound
     from fzg.settings import Settings
 
 _LOG = logging.getLogger(__name__)
 
+REPAIR_INTERVAL = 60.0  # s between looks at our host rules: Docker or a firewall that restarts flushes them
 LONGEST_SLEEP = 1.0  # s: a host that was suspended must catch up at once (spec README, clocks)
 RESOLVE_TIMEOUT = 10.0  # s for one name (tunnel 1.3)
 CONCURRENT_RESOLUTIONS = 1000  # tunnel 1.3; the tunnel refuses more, so the pool never blocks
@@ -130,6 +131,7 @@ class App:
             self._essential("udp", self._run_pump, opened.socket.fileno(), self._receive_udp, opened.family)
         self._essential("tun", self._run_pump, self._tun_fd, self._receive_tun)
         self._essential("portal", self._portal.run)
+        gevent.spawn(self._run_repair)
 
     def _open_sockets(self) -> None:
         settings = self._settings
@@ -182,7 +184,7 @@ class App:
         self._tun_fd = device.descriptor
         self._engine.attach_tun(self._tun_fd, offloads=device.offloads)
 
-    def _say(self, report: Report) -> None:
+    def _say(self, report: Report | Configured) -> None:
         for note in report.notes:
             _LOG.info(note)
         for warning in report.warnings:
@@ -327,9 +329,13 @@ class App:
         except HostError as error:
             self._fail(FatalError(str(error)))
             return
-        for warning in configured.warnings:
-            _LOG.warning(warning)
+        self._say(configured)
         self._tun_configured = True
+
+    def _run_repair(self) -> None:
+        while self._network is not None:
+            gevent.sleep(REPAIR_INTERVAL)
+            self._say(self._host_thread.apply(self._network.repair))
 
     # -- stop
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 from typing import Generic, TypeVar
 
-T = TypeVar("T", str, bytes)
+T = TypeVar("T", bound=str | bytes)
 
 
 class Secret(Generic[T]):
@@ -26,9 +26,9 @@ class Secret(Generic[T]):
     __str__ = __repr__
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Secret) or type(other._value) is not type(self._value):
+        if not isinstance(other, Secret) or type(other.reveal()) is not type(self._value):
             return NotImplemented
-        return hmac.compare_digest(_octets(self._value), _octets(other._value))
+        return hmac.compare_digest(_octets(self.reveal()), _octets(other.reveal()))
 
     def __hash__(self) -> int:
         return hash(self._value)

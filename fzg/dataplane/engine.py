@@ -153,9 +153,18 @@ class Engine(Protocol):
     # -- flows: verdicts of the policy, installed for identical packets (design 4).
 
     def install_flow(
-        self, peer: int, key: FlowKey, *, inbound: bool, rewrite: Rewrite | None, valid_until: float, token: int
+        self,
+        peer: int,
+        key: tuple[int, bytes, bytes, int, int],
+        *,
+        inbound: bool,
+        rewrite: tuple[bytes, int] | None,
+        valid_until: float,
+        token: int,
     ) -> None:
-        """Forward what matches `key`, `inbound` from the client or else from the TUN. Replaces an entry."""
+        """Forward what matches `key` (a `FlowKey`), `inbound` from the client or else from the TUN, changed by `rewrite`
+        (a `Rewrite`). Replaces an entry.
+        """
 
     def revoke(self, peer: int) -> None:
         """Void all flow entries of the peer. On return no packet checked under them can still be written."""

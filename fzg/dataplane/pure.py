@@ -17,6 +17,7 @@ from fzg.dataplane.engine import (
     Activity,
     Datagram,
     FlowKey,
+    FlowReport,
     InnerPacket,
     Item,
     OutboundPacket,
@@ -184,12 +185,20 @@ class PureEngine:
     # -- flows.
 
     def install_flow(
-        self, peer: int, key: FlowKey, *, inbound: bool, rewrite: Rewrite | None, valid_until: float, token: int
+        self,
+        peer: int,
+        key: tuple[int, bytes, bytes, int, int],
+        *,
+        inbound: bool,
+        rewrite: tuple[bytes, int] | None,
+        valid_until: float,
+        token: int,
     ) -> None:
         """See `Engine`."""
-        owner = self._peer(peer)
+        change = Rewrite(*rewrite) if rewrite is not None else None
+        packed = pack_key(FlowKey(*key))
         self._flows.install(
-            Flow(owner, pack_key(key), inbound=inbound, rewrite=rewrite, valid_until=valid_until, token=token)
+            Flow(self._peer(peer), packed, inbound=inbound, rewrite=change, valid_until=valid_until, token=token)
         )
 
     def revoke(self, peer: int) -> None:
@@ -203,7 +212,7 @@ class PureEngine:
         if removed:
             self._counters["drop_revoked"] += removed
 
-    def sweep(self, now: float) -> Sequence[Item]:
+    def sweep(self, now: float) -> Sequence[FlowReport]:
         """See `Engine`."""
         return self._flows.sweep(now)
 
