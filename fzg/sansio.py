@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class Random(Protocol):
     """`os.urandom` or a stand-in for tests: `n` random bytes."""
 
-    def __call__(self, n: int, /) -> bytes: ...
+    def __call__(self, n: int, /) -> bytes:
+        """`n` bytes."""
 
 
 class Deadline(NamedTuple):

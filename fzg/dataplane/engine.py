@@ -162,8 +162,8 @@ class Engine(Protocol):
         valid_until: float,
         token: int,
     ) -> None:
-        """Forward what matches `key` (a `FlowKey`), `inbound` from the client or else from the TUN, changed by `rewrite`
-        (a `Rewrite`). Replaces an entry.
+        """Forward what matches `key` (a `FlowKey`), changed by `rewrite` (a `Rewrite`), `inbound` from the client
+        or else from the TUN. Replaces an entry.
         """
 
     def revoke(self, peer: int) -> None:
