@@ -44,7 +44,9 @@ def pseudo_header(source: bytes, destination: bytes, protocol: int, length: int)
 def ip(source: bytes, destination: bytes, protocol: int, l4: bytes, *, tos: int = 0, ttl: int = 64,
        ident: int = 0x1234, fragment: int = 0x4000, flow_label: int = 0) -> bytes:  # fmt: skip
     if len(source) == 4:
-        head = struct.pack(">BBHHHBBH4s4s", 0x45, tos, 20 + len(l4), ident, fragment, ttl, protocol, 0, source, destination)
+        head = struct.pack(
+            ">BBHHHBBH4s4s", 0x45, tos, 20 + len(l4), ident, fragment, ttl, protocol, 0, source, destination
+        )
         return head[:10] + struct.pack(">H", naive_checksum(head)) + head[12:] + l4
     first = 6 << 28 | tos << 20 | flow_label
     return struct.pack(">IHBB16s16s", first, len(l4), protocol, ttl, source, destination) + l4
@@ -152,7 +154,9 @@ class FakeUdp:
         self.sent.append(sent)
         return sum(map(len, payloads))
 
-    def put(self, train: bytes, *, stride: int = 0, source: Endpoint = CLIENT, local: Endpoint = GATEWAY, ecn: int = 0) -> None:
+    def put(
+        self, train: bytes, *, stride: int = 0, source: Endpoint = CLIENT, local: Endpoint = GATEWAY, ecn: int = 0
+    ) -> None:
         self.arrivals.append((train, stride, source, local, ecn))
 
     def recvmsg_into(self, buffers: Any, room: int) -> Any:
@@ -225,8 +229,8 @@ class World:
         (packet,) = (item.packet for item in items if isinstance(item, InnerPacket))
         return packet
 
-    def allow(self, packet: bytes, *, inbound: bool, rewrite: Rewrite | None = None, until: float = 100.0, token: int = 1,
-              peer: int = PEER) -> None:  # fmt: skip
+    def allow(self, packet: bytes, *, inbound: bool, rewrite: Rewrite | None = None, until: float = 100.0,
+              token: int = 1, peer: int = PEER) -> None:  # fmt: skip
         self.gateway.install_flow(
             peer, key_of(packet), inbound=inbound, rewrite=rewrite, valid_until=until, token=token
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import struct
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -34,6 +34,9 @@ from tests.unit.dataplane_world import (
     tcp,
     udp,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 NUMBER = 0x4001
 V4 = {"source": CLIENT4, "destination": SERVER4}
@@ -348,6 +351,8 @@ def test_a_removed_peer_leaves_nothing_behind(world: World):
 
 PROXY4, PROXY6 = bytes((100, 96, 0, 1)), bytes.fromhex("fd002021111180000000000000000001")
 REAL4, REAL6 = bytes((93, 184, 216, 34)), bytes.fromhex("20010db8000000000000000000001234")
+FROM_REAL4, FROM_PROXY4 = ({"source": source, "destination": CLIENT4} for source in (REAL4, PROXY4))
+FROM_REAL6, FROM_PROXY6 = ({"source": source, "destination": CLIENT6} for source in (REAL6, PROXY6))
 
 
 @pytest.mark.parametrize(("sent", "written", "port"), [
@@ -368,11 +373,11 @@ def test_translation_towards_the_network_changes_destination_and_source_port(
 
 
 @pytest.mark.parametrize(("read", "delivered", "port"), [
-    (tcp(b"data", source=REAL4, destination=CLIENT4, dport=7), tcp(b"data", source=PROXY4, destination=CLIENT4, dport=50000), 50000),
-    (udp(b"data", source=REAL4, destination=CLIENT4), udp(b"data", source=PROXY4, destination=CLIENT4, dport=8), 8),
-    (echo(6, reply=True, source=REAL4, destination=CLIENT4), echo(5, reply=True, source=PROXY4, destination=CLIENT4), 5),
-    (tcp(b"dat", source=REAL6, destination=CLIENT6), tcp(b"dat", source=PROXY6, destination=CLIENT6, dport=8), 8),
-    (echo(6, reply=True, source=REAL6, destination=CLIENT6), echo(5, reply=True, source=PROXY6, destination=CLIENT6), 5),
+    (tcp(b"data", **FROM_REAL4, dport=7), tcp(b"data", **FROM_PROXY4, dport=50000), 50000),
+    (udp(b"data", **FROM_REAL4), udp(b"data", **FROM_PROXY4, dport=8), 8),
+    (echo(6, reply=True, **FROM_REAL4), echo(5, reply=True, **FROM_PROXY4), 5),
+    (tcp(b"dat", **FROM_REAL6), tcp(b"dat", **FROM_PROXY6, dport=8), 8),
+    (echo(6, reply=True, **FROM_REAL6), echo(5, reply=True, **FROM_PROXY6), 5),
 ])  # fmt: skip
 def test_translation_towards_the_client_changes_source_and_destination_port(
     world: World, read: bytes, delivered: bytes, port: int
@@ -398,9 +403,7 @@ def test_translation_keeps_a_missing_udp_checksum_missing_and_a_broken_one_broke
 
 def test_a_rewrite_to_the_other_family_is_refused(world: World):
     with pytest.raises(ValueError, match="family"):
-        world.gateway.install_flow(
-            5, key_of(udp()), inbound=True, rewrite=Rewrite(REAL6, 1), valid_until=20.0, token=1
-        )
+        world.gateway.install_flow(5, key_of(udp()), inbound=True, rewrite=Rewrite(REAL6, 1), valid_until=20.0, token=1)
 
 
 # Turns, and what is not attached.
