@@ -1,6 +1,6 @@
 """The development client: one process that does what a user's device does, on top of the gateway's own protocols.
 
-    python -m tests.lab client --portal-url wss://... --token ... --external-id ... --control PATH
+    python -m tests.lab.client --portal-url wss://... --token ... --external-id ... --control PATH
 
 It answers DNS for its resources on the sentinel address, asks for access at the first packet, buffers until the path
 is up, and tells over its control socket what happened when. Its ICE role is controlling (spec connectivity 8).
@@ -8,6 +8,13 @@ is up, and tells over its control socket what happened when. Its ICE role is con
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from gevent import monkey
+
+    monkey.patch_all()
+
+import argparse
+import base64
 import json
 import os
 import signal
@@ -44,12 +51,11 @@ from fzg.secret import Secret
 from fzg.wire import Malformed, checksum, ip
 from fzg.wire.endpoint import Endpoint
 from fzg.wireguard.keys import KeyPair
-from tests.lab.control import ControlThread
+from tests.lab.control import ControlThread, announce_ready
 
 SENTINEL = IPv4Address("100.100.111.1")
 PROXY4 = int(IPv4Address("100.96.0.0"))
 PROXY6 = int(IPv6Address("fd00:2021:1111:8000::"))
-CONTROL_HEADER = bytes.fromhex("60000000") + b"%b" + bytes.fromhex("ff00") + bytes(32)
 BUFFERED_PACKETS = 128
 USER_AGENT = "Debian/12.0.0 headless-client/1.5.11 (x86_64; 6.1.0)"
 
@@ -115,6 +121,7 @@ class Client:
         self.pending: dict[str, deque[bytes]] = {}
         self.intents: dict[str, float] = {}
         self.prohibited = 0
+        self.sockets: list[udp.UdpSocket] = []
         start = now()
         self.node = Node(
             static=self.static, engine=self.engine, random=os.urandom, unix_offset=time.time() - start, now=start,
@@ -132,16 +139,26 @@ class Client:
         gevent.spawn(self.portal)
         if self.options.control:
             ControlThread(self.options.control, self)
+        gevent.spawn(self.announce)
         self.stop.wait()
         self.node.shutdown(now())
         self.drain()
 
+    def announce(self) -> None:
+        """Tell the starter when the first packet would find relays and resources."""
+        while not self.op_status()["ready"]:
+            gevent.sleep(0.01)
+        announce_ready(self.options.ready_fd, interface=self.interface)
+
     def open_sockets(self) -> None:
         for family in (socket.AF_INET, socket.AF_INET6):
-            opened = udp.open_socket(family, mark=self.options.tun_fd is None)
-            if opened is not None:
-                self.engine.attach_udp(family, opened)
-                gevent.spawn(self.pump, opened.fileno(), self.engine.receive_udp, family)
+            try:
+                opened = udp.open_socket(family, mark=udp.FIREWALL_MARK if self.options.tun_fd is None else None)
+            except OSError:
+                continue  # no IPv6 here
+            self.sockets.append(opened)
+            self.engine.attach_udp(family, opened.socket, port=opened.port)
+            gevent.spawn(self.pump, opened.socket.fileno(), self.engine.receive_udp, family)
 
     def open_tun(self) -> None:
         if self.options.tun_fd is not None:
@@ -150,7 +167,7 @@ class Client:
             self.engine.attach_tun(fd)
         else:
             self.device = tun.open_tun(name="tun-client")
-            fd = self.device.fileno()
+            fd = self.device.descriptor
             self.engine.attach_tun(fd, offloads=self.device.offloads)
         gevent.spawn(self.pump, fd, self.engine.receive_tun)
 
@@ -185,8 +202,6 @@ class Client:
 
     def portal_once(self) -> None:
         options = self.options
-        import base64
-
         query = urllib.parse.urlencode({
             "external_id": options.external_id, "name": options.name,
             "public_key": base64.b64encode(self.static.public).decode(),
@@ -275,8 +290,6 @@ class Client:
         self.drain()
 
     def authorized(self, payload: dict[str, Any], moment: float) -> None:
-        import base64
-
         resource_id, gateway_id = payload["resource_id"], payload["gateway_id"]
         access = self.access.get(resource_id)
         if access is None:
@@ -608,15 +621,18 @@ def ms(later: float | None, earlier: float) -> float | None:
     return None if later is None else round((later - earlier) * 1000, 2)
 
 
-def add_arguments(parser: Any) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.lab.client", description=__doc__.splitlines()[0])
     parser.add_argument("--portal-url", required=True)
     parser.add_argument("--token", required=True)
     parser.add_argument("--external-id", default=str(uuid.uuid4()))
     parser.add_argument("--name", default="lab-client")
     parser.add_argument("--ca", help="PEM file of the portal's certificate authority")
     parser.add_argument("--control", help="path of the control socket")
-    parser.add_argument("--tun-fd", type=int)
+    parser.add_argument("--tun-fd", type=int, help="descriptor with virtio framing instead of a TUN device")
+    parser.add_argument("--ready-fd", type=int, help="descriptor for the readiness line")
+    Client(parser.parse_args()).run()
 
 
-def main(options: Any) -> None:
-    Client(options).run()
+if __name__ == "__main__":
+    main()
