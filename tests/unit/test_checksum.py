@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import struct
 
-from tunnel_world import naive_checksum, naive_sum, pseudo
-
 from fzg.wire import checksum
+from tests.unit.tunnel_world import naive_checksum, naive_sum, pseudo
 
 
 def test_the_sum_of_rfc_1071_section_3():

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from tunnel_world import control as make
-from tunnel_world import packed, udp, v6
 
 from fzg.wire import Malformed, control, ip
+from tests.unit.tunnel_world import control as make
+from tests.unit.tunnel_world import packed, udp, v6
 
 RESOURCE = "5f1c3d8e-6b1a-4a39-9d26-0c2b7e9a4410"
 PROXIES = (

@@ -5,7 +5,9 @@ from __future__ import annotations
 import struct
 
 import pytest
-from tunnel_world import (
+
+from fzg.wire import Malformed, ip
+from tests.unit.tunnel_world import (
     A4,
     A6,
     ACK,
@@ -22,8 +24,6 @@ from tunnel_world import (
     v4,
     v6,
 )
-
-from fzg.wire import Malformed, ip
 
 SERVER4, SERVER6 = "10.0.0.5", "2001:db8::5"
 

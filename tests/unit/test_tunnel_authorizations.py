@@ -5,7 +5,14 @@ from __future__ import annotations
 from ipaddress import ip_network
 
 import pytest
-from tunnel_world import (
+
+from fzg.sansio import Deadline
+from fzg.tunnel import client as client_module
+from fzg.tunnel import tunnel as tunnel_module
+from fzg.tunnel.events import ClientEmpty, Deliver, Drop, Forward, Revoked
+from fzg.tunnel.filters import TcpFilter, UdpFilter
+from fzg.tunnel.resources import CidrResource, DnsResource
+from tests.unit.tunnel_world import (
     A4,
     A6,
     ACK,
@@ -27,13 +34,6 @@ from tunnel_world import (
     tcp,
     udp,
 )
-
-from fzg.sansio import Deadline
-from fzg.tunnel import client as client_module
-from fzg.tunnel import tunnel as tunnel_module
-from fzg.tunnel.events import ClientEmpty, Deliver, Drop, Forward, Revoked
-from fzg.tunnel.filters import TcpFilter, UdpFilter
-from fzg.tunnel.resources import CidrResource, DnsResource
 
 PROHIBITED4 = (3, 13)
 R1, R2, R3, R9 = (resource_id(number) for number in (1, 2, 3, 9))

@@ -5,7 +5,13 @@ from __future__ import annotations
 from ipaddress import ip_address
 
 import pytest
-from tunnel_world import (
+
+from fzg.tunnel import proxies
+from fzg.tunnel.dns_pattern import Pattern
+from fzg.tunnel.events import ClientGone, Consumed, ResolveDomain, Revoked, SendToClient
+from fzg.tunnel.filters import TcpFilter, UdpFilter
+from fzg.tunnel.proxies import ProxyTable
+from tests.unit.tunnel_world import (
     A4,
     A6,
     P1,
@@ -25,12 +31,6 @@ from tunnel_world import (
     tcp,
     udp,
 )
-
-from fzg.tunnel import proxies
-from fzg.tunnel.dns_pattern import Pattern
-from fzg.tunnel.events import ClientGone, Consumed, ResolveDomain, Revoked, SendToClient
-from fzg.tunnel.filters import TcpFilter, UdpFilter
-from fzg.tunnel.proxies import ProxyTable
 
 PROHIBITED4, NETWORK4, NETWORK6 = (3, 13), (3, 0), (1, 3)
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 from ipaddress import ip_network
 
 import pytest
-from tunnel_world import (
+
+from fzg.tunnel.events import Deliver
+from fzg.tunnel.filters import IcmpFilter, TcpFilter
+from fzg.tunnel.resources import CidrResource
+from tests.unit.tunnel_world import (
     A4,
     A6,
     B4,
@@ -27,10 +31,6 @@ from tunnel_world import (
     tcp,
     udp,
 )
-
-from fzg.tunnel.events import Deliver
-from fzg.tunnel.filters import IcmpFilter, TcpFilter
-from fzg.tunnel.resources import CidrResource
 
 CIDR = ip_network("10.0.0.0/24")
 

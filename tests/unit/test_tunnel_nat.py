@@ -5,7 +5,11 @@ from __future__ import annotations
 import struct
 
 import pytest
-from tunnel_world import (
+
+from fzg.tunnel import nat
+from fzg.tunnel.events import Deliver, Drop, Revoked
+from fzg.tunnel.nat import Lookup, NatTable
+from tests.unit.tunnel_world import (
     A4,
     A6,
     ACK,
@@ -30,10 +34,6 @@ from tunnel_world import (
     tcp,
     udp,
 )
-
-from fzg.tunnel import nat
-from fzg.tunnel.events import Deliver, Drop, Revoked
-from fzg.tunnel.nat import Lookup, NatTable
 
 SERVER, SERVER6 = "10.0.0.1", "2001:db8::5"
 UDP_TAG = 17 << 16

@@ -5,7 +5,11 @@ from __future__ import annotations
 import struct
 
 import pytest
-from tunnel_world import (
+
+from fzg.tunnel.events import Drop, Forward, Reply
+from fzg.tunnel.filters import IcmpFilter, TcpFilter, UdpFilter, UnknownFilter
+from fzg.tunnel.tunnel import Tunnel
+from tests.unit.tunnel_world import (
     A4,
     A6,
     B4,
@@ -32,10 +36,6 @@ from tunnel_world import (
     v4,
     v6,
 )
-
-from fzg.tunnel.events import Drop, Forward, Reply
-from fzg.tunnel.filters import IcmpFilter, TcpFilter, UdpFilter, UnknownFilter
-from fzg.tunnel.tunnel import Tunnel
 
 PROHIBITED4, NETWORK4, PROHIBITED6, NETWORK6 = (3, 13), (3, 0), (1, 1), (1, 3)
 
