@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import signal
 import sys
 import threading
 from pathlib import Path
+
+if sys.argv[1:2] == ["client"]:  # the only party under gevent; it must be patched before anything else is imported
+    from gevent import monkey
+
+    monkey.patch_all()
 
 import click
 
@@ -43,6 +47,8 @@ _CONTROL = click.option("--control", type=click.Path(path_type=Path), help="Unix
 @_READY
 def portal(listen, tokens, resources, store, ledger, tls_dir, tls_names, control, ready_fd):
     """Run the development portal."""
+    import asyncio
+
     from tests.lab.certificates import Authority
     from tests.lab.control import announce_ready, serve_control
     from tests.lab.portal import Portal
@@ -162,17 +168,85 @@ def coturn(portal_url, token, ca, name, ipv4, port, secret, directory, loopback_
             if not registration.joined.wait(15):
                 raise click.ClickException("the portal did not let us join")
         announce_ready(ready_fd, relay_id=derivations.relay_id(secret), port=port, secret=secret, server_pid=server.pid)
-        stopped = threading.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stopped.set())
-        stopped.wait()
+        _wait_for_signal()
         if registration is not None:
             registration.leave()
     finally:
         server.close()
 
 
+@main.command()
+@_CONTROL
+@_READY
+def resources(control, ready_fd):
+    """Run web, echo and name servers (ports 80, 7 and 53 on all addresses)."""
+    from tests.lab.control import ControlThread, announce_ready
+    from tests.lab.resources import Resources
+
+    servers = Resources()
+    servers.start()
+    if control:
+        ControlThread(control, servers)
+    announce_ready(ready_fd)
+    _wait_for_signal()
+
+
+@main.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True}, add_help_option=False)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def client(arguments):
+    """Run the development client."""
+    import argparse
+
+    from tests.lab import client as program
+
+    parser = argparse.ArgumentParser(prog="python -m tests.lab client")
+    program.add_arguments(parser)
+    program.main(parser.parse_args(arguments))
+
+
+@main.command()
+@click.argument("scenario", default="direct")
+@click.option("--gateway", help="Command of the gateway, e.g. ./dist/firezone-gateway (default: python -m fzg).")
+@click.option("--no-gateway", is_flag=True, help="Leave the gateway (and clients) out.")
+@click.option("--no-clients", is_flag=True, help="Leave the clients out.")
+@click.option("--iperf3", is_flag=True, help="Run an iperf3 server at 10.20.0.110.")
+@click.option("--directory", type=click.Path(path_type=Path), help="Where logs go (default: removed at the end).")
+def up(scenario, gateway, no_gateway, no_clients, iperf3, directory):
+    """Build SCENARIO and leave it running until Ctrl-C. See `scenarios`."""
+    import shlex
+
+    from tests.lab.scenario import NAMED, Lab, run_until_interrupted
+
+    if scenario not in NAMED:
+        raise click.BadParameter(f"{scenario} is none of {', '.join(NAMED)}")
+    changes = {"start_gateway": not no_gateway, "start_clients": not no_clients, "iperf3": iperf3}
+    if gateway:
+        changes["gateway_command"] = shlex.split(gateway)
+    # A terminated lab must clean up as an interrupted one does.
+    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    run_until_interrupted(Lab(scenario, directory=directory, **changes))
+
+
+@main.command()
+def scenarios():
+    """List the scenarios that have names."""
+    from tests.lab.scenario import NAMED
+
+    for name, scenario in NAMED.items():
+        behind = f"gateway {scenario.gateway_nat}, client {scenario.client_nat}"
+        click.echo(f"{name:12} {behind:36} relays: {' '.join(scenario.relays)}")
+
+
+def _wait_for_signal() -> None:
+    stopped = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopped.set())
+    stopped.wait()
+
+
 async def _stopped() -> None:
+    import asyncio
+
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -157,7 +158,7 @@ class Network:
         remove_stale()
         NETNS.mkdir(parents=True, exist_ok=True)
         self._label = f"{_PREFIX}{os.getpid()}.{_start_time(os.getpid())}.{next(_serial)}-"
-        self._directory = tempfile.TemporaryDirectory(prefix=f"{_PREFIX}{os.getpid()}-")
+        self._directory = tempfile.TemporaryDirectory(prefix=self._label, ignore_cleanup_errors=True)
         self.directory = Path(self._directory.name)
         self.namespaces: dict[str, Namespace] = {}
         self._interfaces = itertools.count(1)
@@ -259,14 +260,16 @@ def public_addresses(number: int) -> tuple[str, str]:
 
 
 def remove_stale() -> None:
-    """Remove the namespaces of processes that are gone."""
-    if not NETNS.is_dir():
-        return
-    for path in NETNS.glob(_PREFIX + "*"):
+    """Remove the namespaces and directories of processes that are gone."""
+    for path in [*NETNS.glob(_PREFIX + "*"), *Path(tempfile.gettempdir()).glob(_PREFIX + "*")]:
         pid, _, rest = path.name.removeprefix(_PREFIX).partition(".")
         start = rest.partition(".")[0]
-        if pid.isdigit() and start.isdigit() and _start_time(int(pid)) != int(start):
+        if not (pid.isdigit() and start.isdigit() and _start_time(int(pid)) != int(start)):
+            continue
+        if path.parent == NETNS:
             _remove(path.name)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def run(*command: str, stdin: str | None = None) -> str:

@@ -85,6 +85,14 @@ class RelayProcess:
             raise AttributeError(name)
         return lambda **arguments: self._control.call(name, **arguments)
 
+    def allocations_of(self, salt: str) -> int:
+        """How many allocations the device with this salt in its user name has (or, with coturn, has made so far)."""
+        if self.program == "relay":
+            return sum(salt in allocation["username"] for allocation in self.allocations())
+        log = self.directory / f"{self.name}.coturn" / "turnserver.log"
+        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+        return sum(salt in line and "ALLOCATE processed, success" in line for line in lines)
+
     def close(self) -> None:
         """End the process and remove its files, if they were made here."""
         self.process.stop()
