@@ -17,11 +17,10 @@ MAX_PAIRS = 1 << 16
 class Proxy:
     """What one proxy IP stands for. `resolved` is None if the name has no address of this family."""
 
-    __slots__ = ("domain", "resolved", "resources")
+    __slots__ = ("domain", "resolved")
 
     def __init__(self, domain: str) -> None:
         self.domain = domain
-        self.resources: set[str] = set()
         self.resolved: bytes | None = None
 
 
@@ -72,7 +71,6 @@ class ProxyTable:
                     proxy = self._proxies[ip] = Proxy(normalize(domain))
                 if ip not in listed:
                     listed.add(ip)
-                    proxy.resources.add(resource_id)
                     self._pairs += 1
                     added.append(ip)
                 lost |= proxy.resolved is not None and not resolved

@@ -233,6 +233,16 @@ def test_a_clock_that_goes_forward_takes_expiries_along(world):
     assert world.passes(TO2)
 
 
+def test_a_clock_that_goes_forward_ends_clients_in_time():
+    world = World()
+    world.cidr("10.1.0.0/16", expires=world.now + 100)
+    world.tunnel.handle_clock_step(60.0)
+    world.run(39)
+    assert ClientEmpty(A) not in world.events
+    world.run(2)
+    assert ClientEmpty(A) in world.events
+
+
 def test_a_clock_step_leaves_sessions_alone():
     world = World()
     world.dns("*.example", expires=world.now + 10_000)
@@ -370,3 +380,11 @@ def test_taking_over_an_address_revokes_the_previous_owner(world):
     assert world.dropped(udp("10.1.0.1", A4, 2, 1)) == "NoPeerState"
     world.cidr("10.1.0.0/16", number=1)
     assert addresses(world.delivered(udp("10.1.0.1", A4, 2, 1))) == ("10.1.0.1", A4)
+
+
+def test_the_previous_owner_of_an_address_takes_nothing_along(world):
+    world.grant(CidrResource(R9, ip_network("10.9.0.0/16")), client=C, ipv4=A4, ipv6=A6)
+    world.tunnel.forget(A)
+    verdict = world.back(udp("10.9.0.1", A4, 2, 1))
+    assert isinstance(verdict, Deliver)
+    assert verdict.client_id == C

@@ -357,6 +357,17 @@ def test_long_runs_of_used_ports_are_skipped():
     assert table.outgoing(UDP_TAG | 500, packed(P1), server, 0, 61.0).outside_value == UDP_TAG | 500
 
 
+def test_ports_that_became_free_are_found_again():
+    table = NatTable()
+    server = packed(SERVER)
+    for port in range(1, 1001):
+        table.outgoing(UDP_TAG | port, packed(P1), server, 0, 0.0 if port != 7 else 30.0)
+    assert table.outgoing(UDP_TAG | 1, packed(P2), server, 0, 30.0).outside_value == UDP_TAG | 1001
+    assert len(table.sweep(60.0, 10_000)) == 999
+    assert table.outgoing(UDP_TAG | 7, packed(P2), server, 0, 60.0).outside_value == UDP_TAG | 8
+    assert table.outgoing(UDP_TAG | 7, packed(P3), server, 0, 60.0).outside_value == UDP_TAG | 9
+
+
 def test_the_table_has_a_cap(monkeypatch):
     monkeypatch.setattr(nat, "MAX_ENTRIES", 3)
     table = NatTable()
@@ -375,6 +386,16 @@ def test_the_memory_of_ended_sessions_keeps_the_newest(monkeypatch):
     assert found == [Lookup.UNKNOWN, Lookup.EXPIRED, Lookup.EXPIRED]
     assert table.outgoing(UDP_TAG | 3, packed(P1), packed(SERVER), 0, 1000.0)
     assert table.incoming(UDP_TAG | 3, packed(SERVER), 0, 1000.0).proxy == packed(P1)
+
+
+def test_a_session_that_ended_twice_counts_from_its_second_end(monkeypatch):
+    monkeypatch.setattr(nat, "MAX_EXPIRED", 2)
+    table = NatTable()
+    for now, port in ((0.0, 1), (1.0, 2), (1000.0, 1), (2000.0, 3)):
+        table.outgoing(UDP_TAG | port, packed(P1), packed(SERVER), 0, now)
+        table.sweep(now + 500.0, 100)
+    found = [table.incoming(UDP_TAG | port, packed(SERVER), 0, 3000.0) for port in (1, 2, 3)]
+    assert found == [Lookup.EXPIRED, Lookup.UNKNOWN, Lookup.EXPIRED]
 
 
 def test_a_sweep_has_a_limit():
