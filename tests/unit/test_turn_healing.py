@@ -21,6 +21,7 @@ from scripted_relay import (
 )
 
 from fzg.turn import CandidateAdded, CandidateInvalidated, ChannelChanged, NoRelays
+from fzg.wire.endpoint import Endpoint
 
 DELETE = "delete"
 
@@ -384,3 +385,61 @@ def test_keep_alive_that_is_not_answered_removes_the_relay_although_nothing_else
     asked = network.requests(BINDING)[0].at
     assert network.events[-1][0] - asked == pytest.approx(8.125)
     assert network.event_types()[-1] == "NoRelays"
+
+
+def test_refresh_that_ends_the_allocation_leads_to_a_new_one() -> None:
+    relay = ScriptedRelay()
+    network = Network([relay]).active()
+    relay.lifetime = 0
+    network.set.update([], [], network.now)
+    network.run(0.06)
+    relay.lifetime = 600
+    relay.forget()
+    network.run(1)
+    assert network.event_types() == ["CandidateInvalidated"] * 2 + ["CandidateAdded"] * 2
+    assert state(network) == "active"
+
+
+def test_mapping_that_changes_while_a_refresh_is_in_flight_causes_another() -> None:
+    relay = ScriptedRelay()
+    network = Network([relay]).active()
+    network.run(24)
+    relay.mapped[4] = Endpoint.parse("203.0.113.5:41000")
+    network.run_until(network.start + 25.1)  # the keep-alive is on its way
+    network.clear()
+    relay.next_delays = [0.2]
+    network.set.update([], [], network.now)  # a Refresh that is answered after the news
+    network.run(2)
+    assert steps(network) == [REFRESH, REFRESH]
+    first, second = network.requests(REFRESH)
+    assert second.at - first.at == pytest.approx(0.2)
+
+
+def test_answer_after_the_end_of_a_request_is_ignored() -> None:
+    relay = ScriptedRelay(families="4")
+    relay.next_delays = [8.2, 8.2, 8.2, 8.2]
+    network = Network([relay]).connect().run(30)
+    assert network.event_types() == ["RelayRemoved", "NoRelays"]
+    assert RELAY_ID not in network.set
+
+
+def test_delete_that_is_refused_goes_on_with_allocate() -> None:
+    relay = ScriptedRelay(families="4")
+    relay.allocations[HOST4] = {}
+    relay.errors[REFRESH] = [(500, True)]
+    network = Network([relay]).connect().run(0.3)
+    assert steps(network) == [BINDING, ALLOCATE, ALLOCATE, DELETE, ALLOCATE]
+    relay.forget()
+    network.run(2)
+    assert state(network) == "active"
+
+
+def test_channel_bind_challenged_for_another_realm_is_over() -> None:
+    relay = ScriptedRelay()
+    network = Network([relay]).active()
+    relay.nonces.clear()
+    relay.realm_in_challenge = "example.org"
+    network.set.bind_channel(RELAY_ID, peer(1), network.now)
+    network.run(3)
+    assert steps(network) == [CHANNEL_BIND]
+    assert [event.sendable for event in network.all(ChannelChanged)] == [True, False]
