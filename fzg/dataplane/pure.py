@@ -54,7 +54,6 @@ _DATA_OVERHEAD = _DATA_HEADER.size + TAG_SIZE
 _CHANNEL_HEADER = struct.Struct(">HH")
 _CHANNEL_FIRST_BYTES = range(0x40, 0x50)
 _CHANNEL_SURPLUS = range(4)  # bytes of padding that some servers send, spec turn 3.3
-_WORD = struct.Struct(">H")
 
 # Packets of one turn, after which other sockets get theirs: near 1 ms of this engine's time.
 _TURN_PACKETS = 64
@@ -142,7 +141,8 @@ class PureEngine:
 
     def activity(self, peer: int) -> Activity:
         """See `Engine`."""
-        return self._peer(peer).activity()
+        owner = self._peers.get(peer)
+        return (owner if owner is not None else Peer(peer)).activity()
 
     def note_handshake(self, peer: int, *, sent: bool, now: float) -> None:
         """See `Engine`."""

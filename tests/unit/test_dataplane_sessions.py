@@ -11,6 +11,7 @@ from fzg.dataplane.aead import Aead, SodiumAead
 from fzg.dataplane.engine import Datagram, InnerPacket, SessionConfirmed
 from fzg.dataplane.pure import PureEngine
 from fzg.dataplane.replay import ReplayWindow
+from fzg.tunnel.tunnel import Drop, Tunnel
 from fzg.wire.endpoint import Endpoint
 from tests.unit.dataplane_world import CLIENT, CLIENT6, GATEWAY, GATEWAY6, SERVER6, World, ip, tcp, udp
 
@@ -160,6 +161,17 @@ def test_a_padded_packet_is_cut_to_its_ip_length(world: World, make):
 def test_a_packet_shorter_than_its_ip_length_is_rejected(world: World, make):
     assert _inner(world.arrive(world.sealed(make()[:-1]))) == []
     assert world.counters["drop_inner_truncated"] == 1
+
+
+@pytest.mark.spec("TUNNEL-2")
+def test_surplus_bytes_are_an_error_on_the_tun_and_padding_after_decryption(world: World):
+    packet = udp(bytes(12))
+    assert len(packet) == 40
+    (outbound,) = world.read(packet + bytes(20))
+    assert isinstance(Tunnel(now=1.0).handle_tun_packet(outbound.packet, 1.0), Drop)
+    world.allow(packet, inbound=False)
+    assert world.read(packet + bytes(20)) == [outbound]
+    assert _inner(world.arrive(world.sealed(packet + bytes(20)))) == [packet]
 
 
 @pytest.mark.parametrize("plaintext", [b"\x45" + bytes(18), b"\x60" + bytes(38), b"\x50" + bytes(60), b"\0"])
