@@ -6,11 +6,14 @@ import errno
 import os
 import socket
 import struct
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fzg.dataplane.engine import Datagram, FlowKey, InnerPacket, Rewrite
 from fzg.dataplane.pure import PureEngine
 from fzg.wire.endpoint import Endpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 CLIENT4, SERVER4 = bytes((100, 64, 0, 9)), bytes((10, 0, 0, 5))
 CLIENT6, SERVER6 = bytes.fromhex("fd002021111100000000000000000009"), bytes.fromhex("20010db8000000000000000000000005")
@@ -190,8 +193,9 @@ class World:
 
     PEER = 5
 
-    def __init__(self, *, vnet_hdr: bool = True, offloads: bool = True, segmentation: bool = True) -> None:
-        self.gateway, self.client = PureEngine(), PureEngine()
+    def __init__(self, *, vnet_hdr: bool = True, offloads: bool = True, segmentation: bool = True,
+                 engine: Callable[[], Any] = PureEngine) -> None:  # fmt: skip
+        self.gateway, self.client = engine(), PureEngine()
         tun, self.kernel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         for end in (tun, self.kernel):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
