@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 import msgspec
 
-from fzg.portal.messages import Inbound, Outbound, SetSnownetCapabilities, UnknownEvent, decode
+from fzg.portal.messages import Id, Inbound, Outbound, SetSnownetCapabilities, UnknownEvent, decode
 from fzg.portal.problem import FatalPortalError, LoginFailed, TokenInvalid
 from fzg.sansio import Deadline, earliest
 from fzg.wire import Malformed
@@ -320,7 +320,14 @@ def _is_truncated(text: str, error: Exception) -> bool:
     return False
 
 
-_ENCODER = msgspec.json.Encoder()
+def _encode_id(value: object) -> str:
+    """What msgspec does not do itself: a subclass of `str`."""
+    if isinstance(value, Id):
+        return str(value)
+    raise TypeError(f"a portal message cannot hold {type(value).__name__}")
+
+
+_ENCODER = msgspec.json.Encoder(enc_hook=_encode_id)
 _ENVELOPE = msgspec.json.Decoder(_Envelope)
 _REPLY = msgspec.json.Decoder(_Reply)
 _DISCONNECT = msgspec.json.Decoder(_Disconnect)
