@@ -9,11 +9,6 @@ import sys
 import threading
 from pathlib import Path
 
-if sys.argv[1:2] == ["client"]:  # the only party under gevent; it must be patched before anything else is imported
-    from gevent import monkey
-
-    monkey.patch_all()
-
 import click
 
 
@@ -191,17 +186,11 @@ def resources(control, ready_fd):
     _wait_for_signal()
 
 
-@main.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True}, add_help_option=False)
+@main.command(context_settings={"ignore_unknown_options": True}, add_help_option=False)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def client(arguments):
-    """Run the development client."""
-    import argparse
-
-    from tests.lab import client as program
-
-    parser = argparse.ArgumentParser(prog="python -m tests.lab client")
-    program.add_arguments(parser)
-    program.main(parser.parse_args(arguments))
+    """Run the development client (`python -m tests.lab.client`)."""
+    os.execv(sys.executable, [sys.executable, "-m", "tests.lab.client", *arguments])
 
 
 @main.command()

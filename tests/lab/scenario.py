@@ -370,7 +370,7 @@ class Lab:
         return self.gateway
 
     def start_client(self, number: int, *, wait: bool = True) -> Client:
-        """Client `number` (from 0): `python -m tests.lab client` in its namespace; with `wait`, until it is ready."""
+        """Client `number` (from 0): `python -m tests.lab.client` in its namespace; with `wait`, until it is ready."""
         name = f"client{number + 1}"
         place = self.places[name]
         control = self.directory / f"{name}.sock"
@@ -384,13 +384,11 @@ class Lab:
         ]
         arguments += ["--name", name, "--control", control]
         arguments += ["--ca", self.portal.ca_file] if self.portal.ca_file else []
-        process = self._spawn(
-            name, lab_command("client", *arguments), place.namespace, self.scenario.client_environment
-        )
+        command = [sys.executable, "-m", "tests.lab.client", *arguments]
+        ready = 20.0 if wait else None
+        process = self._spawn(name, command, place.namespace, self.scenario.client_environment, ready=ready)
         client = Client(name, place, process, control)
         self.clients.append(client)
-        if wait:
-            self._wait(process, lambda: _quietly(lambda: client.status()["ready"]), "the client is ready")
         return client
 
     def wait_gateway_ready(self, *, timeout: float = 20.0) -> None:
