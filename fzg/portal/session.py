@@ -17,6 +17,7 @@ from websocket import ABNF, WebSocketException, continuous_frame, frame_buffer
 
 from fzg.portal.channel import Fatal, Hiccup, Joined, Received
 from fzg.portal.problem import FatalPortalError, printable
+from fzg.portal.trace import trace_received, trace_sent
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -167,6 +168,7 @@ class Session:
         elif self._close_frame is not None:
             self._outgoing, self._close_frame = _masked(self._close_frame, ABNF.OPCODE_CLOSE), None
         elif not self._closing and (frame := self._channel.poll_transmit()) is not None:
+            trace_sent(frame.text)
             self._outgoing, self._writing = _masked(frame.text, ABNF.OPCODE_TEXT), frame.message
         else:
             return False
@@ -242,7 +244,9 @@ class Session:
         if opcode != ABNF.OPCODE_TEXT:
             _LOG.warning("Skipped a binary frame from the portal")
             return
-        self._channel.handle_frame(data.decode(), self._clock())
+        text = data.decode()
+        trace_received(text)
+        self._channel.handle_frame(text, self._clock())
         self._settle()
 
     def _handle_close(self, payload: bytes) -> None:
