@@ -21,14 +21,14 @@ class Endpoint(NamedTuple):
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             return cls(socket.inet_pton(family, host.partition("%")[0]), port)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a zero byte, a lone surrogate
             raise Malformed(f"{host!r} is not an IP address") from error
 
     @classmethod
     def parse(cls, text: str) -> Endpoint:
         """From `203.0.113.7:3478` or `[2001:db8::7]:3478`."""
         host, colon, port = text.rpartition(":")
-        if not colon or not port.isascii() or not port.isdigit() or int(port) > 0xFFFF:
+        if not colon or not port.isascii() or not port.isdigit() or len(port) > 5 or int(port) > 0xFFFF:
             raise Malformed(f"{text!r} is not an address with a port")
         if host.startswith("[") and host.endswith("]"):
             host = host[1:-1]
