@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import socket
 import sys
@@ -9,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from fzg import settings as s
+from fzg.host.arguments import hide_argument
 from fzg.ops import logs
 from fzg.settings import LogFormat, Masquerade, Offloads, SettingError, Settings
 from fzg.version import VERSION
@@ -19,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 T = TypeVar("T")
+
+_LOG = logging.getLogger("firezone_gateway")
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
@@ -57,7 +63,8 @@ class _OnceOption(click.Option):
         try:
             return s.parse_flag(value)
         except SettingError as error:
-            raise click.BadParameter(f"{self.envvar}: {error}", ctx=ctx, param=self) from error
+            # click records where a value came from only after it has it
+            raise click.UsageError(f"the variable {self.envvar} cannot be used: {error}") from error
 
 
 def _refuse_repetition(option: Any, name: str) -> None:
@@ -164,25 +171,46 @@ def command(**options: Any) -> None:
     TOKEN is the site's or gateway's token; better put it into FIREZONE_TOKEN, or into the systemd credential of that
     name, since arguments are visible to every user of the host.
     """
+    options["offloads"] = _offloads(os.environ)
     sys.exit(_run(options, os.environ))
 
 
 def main() -> NoReturn:
     """Run the command line; usage errors exit 2, every other failure 1."""
-    for name in ("FIREZONE_ID", "HEALTH_CHECK_ADDR", "FIREZONE_LOG_FORMAT", "FIREZONE_METRICS", "FIREZONE_MASQUERADE"):
-        if os.environ.get(name) == "":  # set but empty means unset for these: an empty id or word has no meaning
-            del os.environ[name]
     try:
         code = command.main(prog_name="firezone-gateway", standalone_mode=False)
     except click.UsageError as error:
-        message = error.format_message()
-        if "extra argument" in message:  # never repeat it: it may be a token
-            message = "more than one argument that is not an option"
-        click.echo(f"firezone-gateway: {message} (--help lists the options)", err=True)
+        click.echo(f"firezone-gateway: {_sentence(error)} (--help lists the options)", err=True)
         code = EXIT_USAGE
-    except click.exceptions.Abort:
+    except click.exceptions.Abort:  # an interrupt before the gateway had begun
         code = EXIT_FAILURE
+    finally:
+        _close_output()
     sys.exit(code or 0)
+
+
+def _sentence(error: click.UsageError) -> str:
+    """One line; it never repeats a surplus argument, which may be a token."""
+    if "extra argument" in error.message:
+        return "there is more than one argument that is not an option"
+    if (
+        isinstance(error, click.BadParameter)
+        and error.ctx is not None
+        and isinstance(error.param, click.Option)
+        and error.ctx.get_parameter_source(error.param.name or "") is ParameterSource.ENVIRONMENT
+    ):
+        return f"the variable {error.param.envvar} cannot be used: {error.message}".rstrip(".")
+    return " ".join(error.format_message().split()).rstrip(".")
+
+
+def _close_output() -> None:
+    """Nobody may read what we print any more; the interpreter would make that a failure of ours at its end."""
+    for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
+        try:
+            stream.flush()
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def _run(options: Mapping[str, Any], environment: Mapping[str, str]) -> int:
@@ -201,6 +229,9 @@ def _run(options: Mapping[str, Any], environment: Mapping[str, str]) -> int:
         click.echo(f"firezone-gateway: the log filter RUST_LOG cannot be used: {error}", err=True)
         return EXIT_FAILURE
     logs.announce()
+    _LOG.debug("Options", extra={name: _shown(name, value) for name, value in options.items() if value is not None})
+    if options["token"]:
+        hide_argument(options["token"])
     from fzg.app import App, FatalError
 
     try:
@@ -223,8 +254,6 @@ def _settings(options: Mapping[str, Any], environment: Mapping[str, str]) -> Set
         )
     except identity.IdentityError as error:
         raise FatalError(str(error)) from error
-    flag = {name: s.parse_flag(environment.get(name, "")) for name in
-            ("FIREZONE_NO_UDP_GSO", "FIREZONE_NO_UDP_GRO", "FIREZONE_NO_TUN_OFFLOAD")}  # fmt: skip
     return Settings(
         token=token,
         firezone_id=firezone_id,
@@ -238,13 +267,27 @@ def _settings(options: Mapping[str, Any], environment: Mapping[str, str]) -> Set
         increase_buffers=not options["no_inc_buf"],
         udp_send_buffer=s.parse_size(environment.get("FIREZONE_UDP_SEND_BUFFER_SIZE")),
         udp_receive_buffer=s.parse_size(environment.get("FIREZONE_UDP_RECV_BUFFER_SIZE")),
-        offloads=Offloads(
-            udp_gso=not flag["FIREZONE_NO_UDP_GSO"],
-            udp_gro=not flag["FIREZONE_NO_UDP_GRO"],
-            tun=not flag["FIREZONE_NO_TUN_OFFLOAD"],
-        ),
+        offloads=options["offloads"],
         tun_fd=options["tun_fd"],
     )
+
+
+def _offloads(environment: Mapping[str, str]) -> Offloads:
+    def wanted(name: str) -> bool:
+        try:
+            return not s.parse_flag(environment.get(name, ""))
+        except SettingError as error:
+            raise click.UsageError(f"the variable {name} cannot be used: {error}") from error
+
+    return Offloads(
+        udp_gso=wanted("FIREZONE_NO_UDP_GSO"),
+        udp_gro=wanted("FIREZONE_NO_UDP_GRO"),
+        tun=wanted("FIREZONE_NO_TUN_OFFLOAD"),
+    )
+
+
+def _shown(name: str, value: object) -> str:
+    return "***" if name == "token" else str(value)
 
 
 def _host_name() -> str | None:

@@ -18,15 +18,21 @@ DEFAULT_API_URL = "wss://api.firezone.dev"
 DEFAULT_HEALTH_ADDRESS = "0.0.0.0:8080"
 DEFAULT_MAX_PARTITION_TIME = "24h"  # how long a gateway serves on without the portal before it gives up
 
+_DAY = 86_400
 _UNITS = {
-    "s": 1, "sec": 1, "secs": 1, "second": 1, "seconds": 1,
-    "m": 60, "min": 60, "mins": 60, "minute": 60, "minutes": 60,
-    "h": 3600, "hr": 3600, "hrs": 3600, "hour": 3600, "hours": 3600,
-    "d": 86_400, "day": 86_400, "days": 86_400,
-    "w": 604_800, "week": 604_800, "weeks": 604_800,
-    "ms": 0.001, "msec": 0.001,
-}  # fmt: skip
-_PAIR = re.compile(r"\s*(\d+)\s*([a-z]+)", re.IGNORECASE)
+    **dict.fromkeys(("ns", "nsec"), 1e-9),
+    **dict.fromkeys(("us", "usec"), 1e-6),
+    **dict.fromkeys(("ms", "msec"), 1e-3),
+    **dict.fromkeys(("s", "sec", "secs", "second", "seconds"), 1),
+    **dict.fromkeys(("m", "min", "mins", "minute", "minutes"), 60),
+    **dict.fromkeys(("h", "hr", "hrs", "hour", "hours"), 3600),
+    **dict.fromkeys(("d", "day", "days"), _DAY),
+    **dict.fromkeys(("w", "wk", "wks", "week", "weeks"), 7 * _DAY),
+    **dict.fromkeys(("M", "month", "months"), 30.44 * _DAY),
+    **dict.fromkeys(("y", "yr", "yrs", "year", "years"), 365.25 * _DAY),
+}
+_PAIR = re.compile(r"\s*([0-9]{1,20})\s*([a-zA-Z]+)")
+_SIZE_DIGITS = 18  # more than any memory; Python refuses to convert thousands of digits
 _TRUE = frozenset({"1", "yes", "on", "true"})
 _FALSE = frozenset({"0", "no", "off", "false"})
 
@@ -84,9 +90,9 @@ def parse_duration(text: str) -> float:
     position, total = 0, 0.0
     while position < len(text):
         match = _PAIR.match(text, position)
-        if match is None or match[2].lower() not in _UNITS:
+        if match is None or match[2] not in _UNITS:
             break
-        total += int(match[1]) * _UNITS[match[2].lower()]
+        total += int(match[1]) * _UNITS[match[2]]
         position = match.end()
     if position == 0 or text[position:].strip():
         raise SettingError(f"{text!r} is not a duration; write for example 90s, 5m, '1h 30m' or 30d")
@@ -115,6 +121,5 @@ def parse_socket_address(text: str) -> Endpoint:
 
 def parse_size(text: str | None) -> int | None:
     """Bytes; anything else counts as unset, as the reference has it (operations 1.1)."""
-    if text is None or not text.strip().isascii() or not text.strip().isdigit():
-        return None
-    return int(text)
+    digits = (text or "").strip()
+    return int(digits) if digits.isascii() and digits.isdigit() and len(digits) <= _SIZE_DIGITS else None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import platform
+import re
 import sys
 from datetime import UTC, datetime
+from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any, TextIO
 
 from pythonjsonlogger.json import JsonFormatter
@@ -31,6 +33,11 @@ _LEVELS = {
 _LEVELS |= dict(zip("012345", _LEVELS.values(), strict=True))
 # Libraries that would drown ours at debug; the operator's own directives come later and win.
 _CEILINGS = "pyroute2=warn,asyncio=warn,geventwebsocket=warn,websocket=warn,dns=info"
+# `target[span{field=value}]=level` selects what happens inside a span; we have none, so it selects nothing.
+_SPAN = re.compile(r"\[[^\]]*\]")
+_SPAN_MARK = "[]"
+# A portal or a resource must not be able to write to the operator's terminal.
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))} | {10: "\\n", 13: "\\r", 9: "\\t"}
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 _LOG = logging.getLogger("firezone_gateway")
@@ -48,7 +55,7 @@ class Filter(logging.Filter):
         self._default = _LEVELS["error"]  # set but without a bare level: errors only
         self._targets: dict[str, int] = {}
         self._cache: dict[str, int] = {}
-        for raw in directives.split(","):
+        for raw in _SPAN.sub(_SPAN_MARK, directives).split(","):
             self._add(raw.strip())
 
     @property
@@ -63,8 +70,9 @@ class Filter(logging.Filter):
     def _add(self, directive: str) -> None:
         if not directive:
             return
-        target, equals, level = directive.partition("=")
-        target = target.partition("[")[0]  # span filters select nothing here: there are no spans
+        target, equals, level = (part.strip() for part in directive.partition("="))
+        if _SPAN_MARK in target:
+            return
         if not equals:
             if target.lower() in _LEVELS:
                 self._default = _LEVELS[target.lower()]
@@ -72,6 +80,8 @@ class Filter(logging.Filter):
             level = "trace"
         if level.lower() not in _LEVELS:
             raise FilterError(f"{directive!r} names no level; levels are off, error, warn, info, debug and trace")
+        if not target:
+            raise FilterError(f"{directive!r} names no target; write target=level or a level alone")
         self._targets[target] = _LEVELS[level.lower()]
 
     def _threshold(self, name: str) -> int:
@@ -98,7 +108,7 @@ class HumanFormatter(logging.Formatter):
         stamp = f"{moment:%Y-%m-%dT%H:%M:%S}.{moment.microsecond // 1000:03d}Z"
         fields = "".join(f" {key}={_plain(value)}" for key, value in _fields(record).items())
         line = f"{stamp} {record.levelname:>5} {_target(record.name)}: {record.getMessage()}{fields}"
-        line = line.replace("\n", "\\n")
+        line = line.translate(_CONTROL)
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
@@ -118,8 +128,12 @@ class JsonLineFormatter(JsonFormatter):
             log_data["exception"] = self.formatException(record.exc_info)
 
 
-def configure(*, json_lines: bool, directives: str | None, flow_logs: bool, stream: TextIO = sys.stdout) -> None:
-    """Send everything that the filter lets through to `stream`. Raises `FilterError`."""
+def configure(*, json_lines: bool, directives: str | None, flow_logs: bool, stream: TextIO | None = None) -> None:
+    """Send everything that the filter lets through to `stream`, by default standard output. Raises `FilterError`."""
+    stream = stream or sys.stdout
+    if isinstance(stream, TextIOWrapper):  # one line each at once, whatever the locale and whatever reads it
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
+    logging.raiseExceptions = False  # standard output may be closed or full; that must cost no more than the line
     wanted = "info" if directives is None else directives
     selected = Filter(",".join([_CEILINGS, wanted, "flow_logs=trace" if flow_logs else ""]))
     handler = logging.StreamHandler(stream)
@@ -166,7 +180,10 @@ def _plain(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     text = str(value)
-    return f'"{text}"' if isinstance(value, str) and (" " in text or not text) else text
+    if not isinstance(value, str) or (text and " " not in text and '"' not in text):
+        return text
+    quoted = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{quoted}"'
 
 
 def _uptime() -> str:
