@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Protocol
 
-from gevent.pywsgi import WSGIServer
+import gevent
+from gevent.pool import Pool
+from gevent.pywsgi import WSGIHandler, WSGIServer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -17,6 +19,8 @@ _LOG = logging.getLogger(__name__)
 
 # One probe per second from a handful of supervisors is usual; more connections than this at once is a scan.
 MAX_CONNECTIONS = 64
+# Who connects and says nothing gives its place back after this.
+MAX_CONNECTION_S = 10.0
 
 
 class Readiness(Protocol):
@@ -36,14 +40,13 @@ class Health:
 
     def start(self) -> None:
         """Listen; logs a warning that names the address when that fails."""
-        from gevent.pool import Pool
-
         server = WSGIServer(
             (self._address.host, self._address.port),
             self._answer,
             log=None,
             error_log=None,
             spawn=Pool(MAX_CONNECTIONS),
+            handler_class=_Handler,
         )
         try:
             server.start()
@@ -63,14 +66,24 @@ class Health:
 
     def _answer(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path, method = environ.get("PATH_INFO", ""), environ.get("REQUEST_METHOD", "")
-        body = b""
+        body, headers = b"", []
         if path not in ("/healthz", "/readyz"):
             status = "404 Not Found"
         elif method not in ("GET", "HEAD"):
-            status = "405 Method Not Allowed"
+            status, headers = "405 Method Not Allowed", [("Allow", "GET, HEAD")]
         elif path == "/readyz" and (reason := self._readiness.not_ready_because()) is not None:
             status, body = "503 Service Unavailable", f"{reason}\n".encode()
         else:
             status = "200 OK"
-        start_response(status, [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(body)))])
+        headers += [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(body)))]
+        start_response(status, headers)
         return [body] if method != "HEAD" else []
+
+
+class _Handler(WSGIHandler):  # type: ignore[misc]
+    """A connection with an end; what it did wrong is its own affair and reaches no log."""
+
+    def handle(self) -> None:
+        """All requests of one connection."""
+        with gevent.Timeout(MAX_CONNECTION_S, False):  # noqa: FBT003 - gevent's way to say "do not raise"
+            super().handle()
