@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import gevent
 from gevent.event import AsyncResult, Event
@@ -73,7 +73,13 @@ class App:
 
     def run(self) -> int:
         """Start, serve until told to stop, say goodbye. 0 after a signal; raises `FatalError` otherwise."""
-        self._start()
+        self._handle_signals()
+        gevent.get_hub().print_exception = _report_failure
+        try:
+            self._start()
+        except BaseException:
+            self._restore_host()
+            raise
         try:
             self._stop.get()
         finally:
@@ -82,6 +88,8 @@ class App:
 
     def not_ready_because(self) -> str | None:
         """For `/readyz`: the portal was joined and has not given up on us, and the TUN is configured (OPS-40)."""
+        if self._stop.ready():
+            return "the gateway is shutting down"
         if not self._joined_once:
             return "the portal has not been joined yet"
         if not self._tun_configured:
@@ -108,6 +116,8 @@ class App:
             node=node, tunnel=Tunnel(now=now), engine=self._engine, unix_offset=unix_offset, now=now
         )
         self._resolver = Resolver()
+        if self._resolver.problem:
+            _LOG.warning(self._resolver.problem)
         self._health = Health(settings.health_address, self)
         self._health.start()
         _LOG.info(trusted.description)
@@ -124,7 +134,6 @@ class App:
             dialing=DialOptions(resolve=_addresses_of, ssl_context=trusted.context, mark=self._mark),
             reconnect=Reconnect(random=os.urandom, max_partition=settings.max_partition_time),
         )
-        self._handle_signals()
         self._essential("timer", self._run_timer)
         self._essential("flusher", self._run_flusher)
         for opened in self._sockets:
@@ -166,12 +175,12 @@ class App:
             os.set_blocking(self._tun_fd, False)
             self._engine.attach_tun(self._tun_fd, offloads=self._settings.offloads.tun)
             return
-        network = HostNetwork()
         try:
             device = tun.open_tun(offloads=self._settings.offloads.tun)
+            self._network = HostNetwork()  # from here on: while another gateway holds the device, the rules are its own
             self._say(
                 self._host_thread.apply(
-                    network.prepare,
+                    self._network.prepare,
                     (MasqueradeMode(self._settings.masquerade),),
                     {"raise_buffers": self._settings.increase_buffers},
                 )
@@ -180,7 +189,6 @@ class App:
             raise FatalError(str(error)) from error
         if self._settings.offloads.tun and not device.offloads:
             _LOG.info("The kernel has no segmentation offload for TUN devices (it came with Linux 6.2)")
-        self._network = network
         self._tun_fd = device.descriptor
         self._engine.attach_tun(self._tun_fd, offloads=device.offloads)
 
@@ -362,9 +370,21 @@ class App:
             self._engine.transmit(transmit)
         self._engine.flush()
         self._health.stop()
-        if self._network is not None:
-            self._say(self._host_thread.apply(self._network.remove))
+        self._restore_host()
         _LOG.info("Goodbye")
+
+    def _restore_host(self) -> None:
+        if self._network is None:
+            return
+        try:
+            self._say(self._host_thread.apply(self._network.remove))
+        except HostError as error:
+            _LOG.warning(str(error))
+
+
+def _report_failure(_context: object, kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+    """A greenlet died of a mistake of ours: into the log, where gevent would write to standard error."""
+    _LOG.error("A task failed", exc_info=(kind, error, traceback))
 
 
 def _addresses_of(host: str) -> list[str]:
