@@ -38,7 +38,7 @@ class Coturn:
             f"listening-port={port}", f"listening-ip={ipv4}", f"relay-ip={ipv4}", "min-port=49152", "max-port=65535",
             "lt-cred-mech", "realm=firezone", f"userdb={self._database}", "stale-nonce=600",
             "no-tls", "no-dtls", "no-tcp", "no-tcp-relay", "no-cli", "no-stdout-log",
-            f"log-file={directory / 'turnserver.log'}", "simple-log",
+            f"log-file={directory / 'turnserver.log'}", "simple-log", "verbose",
             f"pidfile={directory / 'turnserver.pid'}",
         ]  # fmt: skip
         if loopback_peers:
