@@ -85,6 +85,7 @@ class Session:
         inbound: queue.Queue[Inbound],
     ) -> None:
         self._socket = stream.socket
+        self._decrypted: Callable[[], int] = getattr(stream.socket, "pending", lambda: 0)
         self._channel = channel
         self._clock = clock
         self._on_joined = on_joined
@@ -103,7 +104,6 @@ class Session:
         self._pong: bytes | None = None
         self._close_frame: bytes | None = None
         self._blocked = Event()
-        self._rearm = Event()
 
     @property
     def joined(self) -> bool:
@@ -214,8 +214,7 @@ class Session:
 
     def _receive(self, limit: int) -> bytes:
         # What TLS holds decrypted does not make the socket readable again, so it is taken in this turn.
-        pending = self._socket.pending() if isinstance(self._socket, ssl.SSLSocket) else 0
-        if self._turn <= 0 and pending == 0:
+        if self._turn <= 0 and not self._decrypted():
             raise BlockingIOError
         data: bytes = self._socket.recv(limit)
         if not data:
@@ -282,7 +281,6 @@ class Session:
         for event in events:
             match event:
                 case Joined():
-                    self._rearm.set()
                     self._on_joined()
                 case Received(message):
                     self._inbound.put(message)
@@ -295,8 +293,7 @@ class Session:
         while not self._outcome.ready():
             deadline = self._channel.poll_timeout()
             left = MAX_SLEEP_S if deadline is None else max(deadline.at - self._clock(), 0.0)
-            self._rearm.wait(min(left, MAX_SLEEP_S))
-            self._rearm.clear()
+            gevent.sleep(min(left, MAX_SLEEP_S))
             self._channel.handle_timeout(self._clock())
             self._settle()
 

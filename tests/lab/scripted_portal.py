@@ -67,6 +67,8 @@ class ScriptedPortal:
         self.answer_joins = True
         self.answer_heartbeats = True
         self.join_answer: dict[str, Any] = {"status": "ok", "response": {}}
+        self.early_data = b""
+        """Bytes that leave in one segment with the answer to the upgrade."""
         self.push_after_join: list[tuple[str, Any]] = []
         self._silenced: list[Any] = []
         options = {"ssl_context": tls} if tls is not None else {}
@@ -233,7 +235,7 @@ class Connection:
         refusal = self.portal.refusal_for(request.path)
         if refusal is None:
             self._protocol.send_response(self._protocol.accept(request))
-            self._flush()
+            self._client.sendall(b"".join(self._protocol.data_to_send()) + self.portal.early_data)
             self.portal.connections.append(self)
             return
         headers = Headers({"Content-Length": str(len(refusal.body.encode())), "Connection": "close"} | refusal.headers)

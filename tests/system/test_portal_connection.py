@@ -226,6 +226,22 @@ def test_a_message_leaves_in_the_pass_that_queued_it(portal, dial):
     connection.frame("no_relays")
 
 
+def test_a_message_larger_than_the_socket_takes_at_once_follows_as_fast_as_it_is_read(portal, dial):
+    gateway = dial(timing=Timing(heartbeat_interval=60, join_timeout=60))
+    gateway.wait_connected()
+    started = time.monotonic()
+    large = BroadcastIceCandidates(client_ids=(CLIENT,), candidates=("candidate:" + "y" * 20_000_000,))
+    assert gateway.connection.send(large)
+    portal.connection(0).frame("broadcast_ice_candidates")
+    assert time.monotonic() - started < 1.0
+
+
+def test_what_arrives_with_the_answer_to_the_upgrade_is_read(portal, dial):
+    portal.early_data = b"\x89\x05hello"
+    dial().wait_connected()
+    wait_until(lambda: portal.connection(0).pongs == [b"hello"])
+
+
 def test_a_message_in_many_fragments_and_one_with_large_frames_are_read(portal, dial):
     gateway = dial()
     gateway.wait_connected()
@@ -303,6 +319,9 @@ def test_a_portal_that_reads_nothing_is_still_read_and_then_given_up_and_unwritt
     connection.reading = True
     gateway.wait_connected(2)
     assert portal.connection(1).events()[:1] == ["phx_join"]
+    wait_until(lambda: connection.ended)
+    written = connection.events().count("broadcast_ice_candidates")
+    assert written + len(returned) == len(batches)
 
 
 @pytest.mark.spec("PORTAL-61")

@@ -28,6 +28,7 @@ from portal_world import (  # noqa: F401 - pytest finds them by name
 )
 
 from fzg.portal.backoff import Reconnect
+from fzg.portal.channel import Timing
 from fzg.portal.dial import DialOptions
 from fzg.portal.messages import (
     BroadcastIceCandidates,
@@ -202,6 +203,21 @@ def test_messages_travel_both_ways_over_tls(authority):
         gateway.connection.close()
         gateway.greenlet.get(timeout=5)
         assert connection.closed_with == (1000, "")
+
+
+def test_what_tls_has_decrypted_is_read_though_the_socket_is_empty(authority, monkeypatch):
+    monkeypatch.setattr("fzg.portal.session.READ_TURN", 1)
+    with ScriptedPortal(tls=tls_server(authority, ["portal.example"])) as portal:
+        gateway = Gateway(
+            f"wss://portal.example:{portal.port}",
+            dialing={"ssl_context": tls_client(authority), "resolve": lambda _: ["127.0.0.1"]},
+            timing=Timing(heartbeat_interval=60, join_timeout=60),
+        )
+        gateway.wait_connected()
+        portal.connection(0).push("reject_access", REJECT)
+        gateway.wait_for("RejectAccess")
+        gateway.connection.close()
+        gateway.greenlet.get(timeout=5)
 
 
 @pytest.mark.spec("PORTAL-16")
