@@ -273,7 +273,7 @@ def test_401_on_a_reconnect_is_fatal_too(portal, dial):
     assert isinstance(gateway.application.error, AuthenticationFailed)
 
 
-@pytest.mark.spec("PORTAL-30")
+@pytest.mark.spec("PORTAL-30", "OPS-24")
 @pytest.mark.parametrize("status", [200, 301, 302, 400, 403, 404, 409, 429, 500, 502, 503])
 def test_other_refusals_are_retried_and_their_body_is_logged(portal, dial, status, caplog):
     caplog.set_level(logging.INFO)
@@ -284,6 +284,7 @@ def test_other_refusals_are_retried_and_their_body_is_logged(portal, dial, statu
     gateway.wait_connected()
     assert f"HTTP {status}" in caplog.text
     assert "gateway_already_connected" in caplog.text
+    assert "Another connection" in caplog.text
     assert all(request.path.startswith("/gateway/") for request in portal.requests)
     assert gateway.application.error is None
 

@@ -184,6 +184,14 @@ def test_a_second_join_has_five_seconds_of_its_own():
     assert "join" in hiccup(portal)
 
 
+def test_an_id_that_came_from_the_portal_goes_back_as_plain_text():
+    portal = Portal()
+    portal.push("reject_access", REJECT)
+    client_id = portal.events[1].message.client_id
+    portal.send(BroadcastIceCandidates.of(client_id, ["candidate:1 1 udp 5 192.0.2.1 9 typ host"]))
+    assert portal.sent[-1][1]["payload"]["client_ids"] == [CLIENT]
+
+
 def test_other_error_replies_are_ignored():
     portal = Portal()
     portal.send(NoRelays())

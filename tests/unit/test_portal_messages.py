@@ -192,7 +192,6 @@ def test_no_secret_shows_when_a_message_is_printed():
     assert PASSWORD not in repr(read("init", {"interface": INTERFACE, "relays": [turn()]}))
 
 
-@pytest.mark.spec("PORTAL-51")
 def test_an_authorization_without_expiry_never_expires():
     assert read("create_authorization", authorization(expires_at=None)).expires_at is None
     assert read("create_authorization", without(authorization(), "expires_at")).expires_at is None

@@ -40,7 +40,7 @@ def test_any_other_401_is_a_failed_authentication(body, kind, text):
     assert str(error) == f"authentication failed: {text}"
 
 
-@pytest.mark.spec("PORTAL-30", "OPS-24")
+@pytest.mark.spec("PORTAL-30")
 @pytest.mark.parametrize("status", [200, 301, 400, 402, 403, 404, 409, 422, 429, 500, 502, 503])
 def test_no_other_status_is_fatal_and_code_and_detail_are_shown(status):
     body = '{"code":"invalid_token","detail":"Another connection"}'
