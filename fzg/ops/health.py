@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import TYPE_CHECKING, Protocol
 
 import gevent
@@ -54,7 +55,7 @@ class Health:
             _LOG.warning(
                 "The health endpoint cannot listen, the gateway runs without it: choose another address with"
                 " --health-check-addr or HEALTH_CHECK_ADDR",
-                extra={"address": str(self._address), "error": error.strerror},
+                extra={"address": str(self._address), "error": os.strerror(error.errno or 0)},
             )
             return
         self._server = server
