@@ -204,8 +204,13 @@ def up(scenario, gateway, no_gateway, no_clients, iperf3, directory):
     """Build SCENARIO and leave it running until Ctrl-C. See `scenarios`."""
     import shlex
 
+    from tests.lab.namespaces import can_make_namespaces, user_namespace_command
     from tests.lab.scenario import NAMED, Lab, run_until_interrupted
 
+    if not can_make_namespaces():
+        # An ordinary user gets a user namespace; gateway and clients then need a /dev/net/tun that is open to all.
+        command = user_namespace_command(sys.executable, "-m", "tests.lab", *sys.argv[1:])
+        os.execvp(command[0], command)
     if scenario not in NAMED:
         raise click.BadParameter(f"{scenario} is none of {', '.join(NAMED)}")
     changes = {"start_gateway": not no_gateway, "start_clients": not no_clients, "iperf3": iperf3}

@@ -15,9 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from ipaddress import IPv4Interface, IPv6Interface, ip_interface
+from ipaddress import IPv4Interface, IPv6Interface
 from pathlib import Path
 from typing import Self
 
@@ -25,6 +25,7 @@ from tests.lab.process import lab_environment
 
 NETNS = Path("/run/netns")
 _PREFIX = "fzlab-"
+_CORE_NUMBER = 254
 _QUEUE = "100000"  # transmit queue of every interface (spec operations.md 5.1)
 _serial = itertools.count(1)
 
@@ -152,8 +153,6 @@ class Attachment:
 class Network:
     """An `internet` bridge and what hangs on it. A context manager; also cleaned up at exit and after a crash."""
 
-    INTERNET = (ip_interface("203.0.113.0/24"), ip_interface("203:0:113::/64"))
-
     def __init__(self) -> None:
         remove_stale()
         NETNS.mkdir(parents=True, exist_ok=True)
@@ -162,10 +161,20 @@ class Network:
         self.directory = Path(self._directory.name)
         self.namespaces: dict[str, Namespace] = {}
         self._interfaces = itertools.count(1)
+        self._ports: dict[str, str] = {}
         atexit.register(self.close)
         try:
             self.internet = self.namespace("internet")
-            self.internet.ip("link add br0 type bridge forward_delay 0 mcast_snooping 0", "link set br0 up")
+            # The bridge's own address is everybody's default route and forwards nothing: packets to private addresses
+            # vanish there as on the internet. A missing route would be a local error, over which coturn ends sessions.
+            ipv4, ipv6 = public_addresses(_CORE_NUMBER)
+            self.internet.ip(
+                "link add br0 type bridge forward_delay 0 mcast_snooping 0",
+                "link set br0 up",
+                f"address add {ipv4}/24 dev br0",
+                f"address add {ipv6}/64 dev br0 nodad",
+            )
+            self.internet.sysctl(ipv4__ip_forward=0, ipv6__conf__all__forwarding=0)
         except BaseException:
             self.close()
             raise
@@ -189,8 +198,15 @@ class Network:
         port = f"port{next(self._interfaces)}"
         self.link(namespace, interface, self.internet, port)
         self.internet.ip(f"link set {port} master br0")
+        self._ports[namespace.name] = port
         ipv4, ipv6 = public_addresses(number)
-        namespace.ip(f"address add {ipv4}/24 dev {interface}", f"address add {ipv6}/64 dev {interface} nodad")
+        core4, core6 = public_addresses(_CORE_NUMBER)
+        namespace.ip(
+            f"address add {ipv4}/24 dev {interface}",
+            f"address add {ipv6}/64 dev {interface} nodad",
+            f"route add default via {core4}",
+            f"route add default via {core6}",
+        )
 
     def party(self, role: str, nat: Nat, *, public: int, private: int) -> Attachment:
         """A host behind a router of this kind; its private network is 172.`private`.0.0/24 and 172:`private`:0::/64."""
@@ -232,6 +248,27 @@ class Network:
             f"chain incoming {{ type filter hook prerouting priority raw; {incoming}; }}\n"
             f"chain outgoing {{ type filter hook postrouting priority filter; {outgoing}; }}\n}}\n"
         )
+
+    def cut(self, party: Attachment, *, cut: bool = True) -> None:
+        """Unplug a party (its router, if it has one) from the internet, or plug it in again; addresses stay."""
+        port = self._ports[(party.router or party.namespace).name]
+        self.internet.ip(f"link set {port} {'down' if cut else 'up'}")
+
+    def move(self, party: Attachment, public: int) -> Attachment:
+        """Give a party's router another public address, with nothing known of earlier connections: roaming."""
+        assert party.router is not None, "a party without a router has no address to change"
+        old, new = (party.public_ipv4, party.public_ipv6), public_addresses(public)
+        core4, core6 = public_addresses(_CORE_NUMBER)
+        party.router.ip(
+            f"address delete {old[0]}/24 dev internet",
+            f"address delete {old[1]}/64 dev internet",
+            f"address add {new[0]}/24 dev internet",
+            f"address add {new[1]}/64 dev internet nodad",
+            f"route replace default via {core4}",
+            f"route replace default via {core6}",
+        )
+        party.router.flush_conntrack()
+        return replace(party, public_ipv4=new[0], public_ipv6=new[1])
 
     def flush_conntrack(self) -> None:
         """Let every router forget its connections, so that the next one starts from nothing."""

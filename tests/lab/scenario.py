@@ -137,9 +137,9 @@ class Host:
         command = (sys.executable, "-c", source, host, f"{timeout:g}")
         return self.run(*command, timeout=timeout + 10, check=False).returncode == 0
 
-    def iperf3(self, *options: str, server: str = IPERF3_SERVER, seconds: float = 5.0) -> dict[str, Any]:
+    def iperf3(self, *options: str, server: str = IPERF3_SERVER, seconds: int = 5) -> dict[str, Any]:
         """Run `iperf3 -c` there and return its JSON report; RuntimeError with its complaint if it failed."""
-        done = self.run("iperf3", "-J", "-c", server, "-t", f"{seconds:g}", *options, timeout=seconds + 30, check=False)
+        done = self.run("iperf3", "-J", "-c", server, "-t", str(seconds), *options, timeout=seconds + 30, check=False)
         report: dict[str, Any] = json.loads(done.stdout) if done.stdout.strip() else {"error": done.stderr}
         if "error" in report:
             raise RuntimeError(f"iperf3 {options}: {report['error']}")
@@ -182,9 +182,9 @@ class Client(Host):
         """The kind of path to each gateway it is connected to."""
         return [link["path"] for link in self.status()["links"]]
 
-    def connect_afresh(self) -> None:
-        """Forget every gateway, so that the next packet makes a new connection."""
-        self.reset()
+    def wait_path(self, kind: str, *, timeout: float = 10.0) -> None:
+        """Until the path to some gateway is of this kind: `PeerToPeer`, `RelayToPeer` and so on."""
+        wait_until(lambda: kind in self.paths(), timeout=timeout, what=f"{self.name} has a {kind} path")
 
 
 class Lab:
@@ -446,6 +446,14 @@ class Lab:
         self.portal.wait_for(lambda _: not self.portal.state()["gateways"], since=max(self.portal.mark() - 1, 0))
         self.gateway.process.start()
         self.wait_gateway_ready()
+
+    def roam(self, name: str = "client1", *, public: int = 77) -> None:
+        """Let a party behind a router appear under another public address."""
+        self.places[name] = self.network.move(self.places[name], public)
+
+    def cut(self, name: str, *, cut: bool = True) -> None:
+        """Unplug a party from the internet, or plug it in again."""
+        self.network.cut(self.places[name], cut=cut)
 
     def forget_paths(self) -> None:
         """Let all routers forget their connections, as the next measurement wants it."""
