@@ -22,6 +22,7 @@ import socket
 import ssl
 import struct
 import subprocess
+import sys
 import time
 import urllib.parse
 import uuid
@@ -38,16 +39,16 @@ import dns.rdatatype
 import dns.rrset
 import gevent
 import websocket
-from fzg.dataplane.pure import PureEngine
-from fzg.turn.events import Relay
 from gevent.event import Event
 from gevent.queue import Queue
 
 from fzg.dataplane.engine import Datagram, FlowKey, InnerPacket, OutboundPacket, SessionConfirmed
+from fzg.dataplane.pure import PureEngine
 from fzg.host import tun, udp
 from fzg.ice.agent import CLIENT_DEFAULT, CLIENT_IDLE, Credentials, Role
 from fzg.node.node import ConnectionEstablished, ConnectionFailed, Node
 from fzg.secret import Secret
+from fzg.turn.events import Relay
 from fzg.wire import Malformed, checksum, ip
 from fzg.wire.endpoint import Endpoint
 from fzg.wireguard.keys import KeyPair
@@ -632,6 +633,8 @@ def main() -> None:
     parser.add_argument("--tun-fd", type=int, help="descriptor with virtio framing instead of a TUN device")
     parser.add_argument("--ready-fd", type=int, help="descriptor for the readiness line")
     Client(parser.parse_args()).run()
+    sys.stdout.flush()
+    os._exit(0)  # greenlets that still wait for a socket must not keep the process
 
 
 if __name__ == "__main__":
