@@ -222,6 +222,19 @@ def up(scenario, gateway, no_gateway, no_clients, iperf3, directory):
 
 
 @main.command()
+@click.option("--gateway", default="", help="Command of the gateway (default: python -m fzg).")
+def demo(gateway):
+    """Show the gateway at work: a direct path, a relayed one, and the portal gone."""
+    from tests.lab.demo import show
+    from tests.lab.scenario import available
+
+    reason = available()
+    if reason is not None:
+        raise click.ClickException(f"the demonstration {reason}")
+    show(gateway)
+
+
+@main.command()
 def scenarios():
     """List the scenarios that have names."""
     from tests.lab.scenario import NAMED

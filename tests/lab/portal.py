@@ -114,8 +114,10 @@ class Portal(Orders):
         servers, self._servers = self._servers, []
         for server in servers:
             server.close(close_connections=False)
-        for channel in list(self.channels):
-            await channel.close(code)
+        # All at once, and deaf to who leaves: a portal that goes away tells nobody that the relays went before.
+        for channel in self.channels:
+            self.account.leave(channel, announce=False)
+        await asyncio.gather(*(channel.close(code) for channel in self.channels))
 
     def spawn(self, coroutine: Any) -> None:
         """Run in the background, kept alive until done."""

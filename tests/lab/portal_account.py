@@ -177,8 +177,8 @@ class Account:
             }
         await channel.push("init", payload)
 
-    def leave(self, channel: Channel) -> None:
-        """The channel ended, with or without its socket."""
+    def leave(self, channel: Channel, *, announce: bool = True) -> None:
+        """The channel ended, with or without its socket; `announce` starts the presence check if it was a relay's."""
         channel.joined = False
         channel.cancel_timers()
         if channel.device is not None:
@@ -189,7 +189,8 @@ class Account:
             relay = self.relays.get(channel.relay_id)
             if relay is not None and relay.channel is channel:
                 del self.relays[channel.relay_id]
-                self._presence_changed()
+                if announce:
+                    self._presence_changed()
 
     async def disconnect(self, channel: Channel, reason: str) -> None:
         """Push `disconnect` and stop the channel."""
