@@ -6,7 +6,10 @@ import logging
 from collections import Counter, deque
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
+from itertools import count
 from typing import TYPE_CHECKING, assert_never
+
+from msgspec import structs
 
 from fzg.ice.agent import Credentials
 from fzg.node.node import ConnectionEstablished, ConnectionFailed, Node, NoRelayAvailableError, RelaysExhausted
@@ -29,7 +32,7 @@ from fzg.tunnel.events import (
 from fzg.turn.events import Relay
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from fzg.dataplane.engine import Engine
     from fzg.tunnel.events import Flow
@@ -86,8 +89,8 @@ class Gateway:
         self._unix_offset = unix_offset
         self._handles: dict[str, int] = {}
         self._clients: dict[int, str] = {}
-        self._next_handle = 1
-        self._waiting: deque[tuple[float, messages.CreateAuthorization]] = deque()
+        self._new_handles = count(1)
+        self._waiting = _Waiting()
         self._joined = False
         self._no_relays_pending = False
         self._no_relays_at = float("-inf")
@@ -97,8 +100,9 @@ class Gateway:
     # -- portal
 
     def handle_portal_connected(self, now: float) -> None:
-        """The channel is joined: what was held back goes out."""
+        """The channel is joined: what was held back goes out. The `init` that follows brings relays (turn 4.5)."""
         self._joined = True
+        self._no_relays_pending = False
         self.node.signalling.release()
         self._settle(now)
 
@@ -122,23 +126,25 @@ class Gateway:
                 for text in message.candidates:
                     self.node.remove_remote_candidate(message.client_id, text, now)
             case messages.RejectAccess():
+                self._waiting.withdraw(message.client_id, message.resource_id)
                 self.tunnel.reject(message.client_id, message.resource_id, now)
             case messages.RelaysPresence():
                 self.node.update_relays(message.disconnected_ids, [_relay(relay) for relay in message.connected], now)
             case messages.ResourceUpdated():
+                self._waiting.update_filters(message.resource)
                 self.tunnel.update_filters(_resource(message.resource))
             case messages.AccessAuthorizationExpiryUpdated():
                 expires = self._deadline(message.expires_at, now)
+                self._waiting.set_expiry(message.client_id, message.resource_id, message.expires_at)
                 self.tunnel.set_expiry(message.client_id, message.resource_id, expires, now)
         self._settle(now)
 
     def handle_unsent(self, message: messages.CandidateBroadcast) -> None:
-        """The socket died before a candidate message was written: keep it for the next connection (portal 2.10)."""
-        match message:
-            case messages.BroadcastIceCandidates(client_ids=(client_id,), candidates=candidates):
-                self.node.signalling.give_back(CandidateMessage(client_id, added=True, candidates=candidates))
-            case messages.BroadcastInvalidatedIceCandidates(client_ids=(client_id,), candidates=candidates):
-                self.node.signalling.give_back(CandidateMessage(client_id, added=False, candidates=candidates))
+        """The socket died before this was written: keep it for the next one (portal 2.10). Newest first if several."""
+        (client_id,) = message.client_ids
+        added = isinstance(message, messages.BroadcastIceCandidates)
+        if self.node.connection(client_id) is not None:
+            self.node.signalling.give_back(CandidateMessage(client_id, added=added, candidates=message.candidates))
 
     # -- packets
 
@@ -175,10 +181,8 @@ class Gateway:
         """A packet from the TUN without a flow (tunnel 4)."""
         match self.tunnel.handle_tun_packet(packet, now):
             case Deliver(client_id=client_id, packet=delivered, flow=flow):
-                self._send(client_id, delivered, now)
-                handle = self._handles.get(client_id)
-                if handle is not None:
-                    self._install(handle, flow, inbound=False)
+                if self._send(client_id, delivered, now):
+                    self._install(self._handles[client_id], flow, inbound=False)
             case Drop(reason=reason):
                 self.counters[f"to client: {reason}"] += 1
         self._settle(now)
@@ -213,7 +217,6 @@ class Gateway:
 
     def poll_timeout(self) -> Deadline | None:
         """The soonest deadline of all parts."""
-        waiting = Deadline(self._waiting[0][0], "authorization waits for a relay") if self._waiting else None
         no_relays: Deadline | None = None
         if self._no_relays_pending and self._joined:
             no_relays = Deadline(self._no_relays_at + NO_RELAYS_INTERVAL, "no_relays")
@@ -221,7 +224,7 @@ class Gateway:
             self.node.poll_timeout(),
             self.tunnel.poll_timeout(),
             Deadline(self._sweep_at, "flow sweep"),
-            waiting,
+            self._waiting.poll_timeout(),
             no_relays,
         )
 
@@ -252,6 +255,7 @@ class Gateway:
             for entry in init.authorizations:
                 granted.setdefault(entry.client_id, {})[entry.resource_id] = self._deadline(entry.expires_at, now)
             self.tunnel.retain(granted, now)
+            self._waiting.retain(init.authorizations)
         self._events.append(ConfigureHost(IPv4Address(interface.ipv4), IPv6Address(interface.ipv6)))
 
     def _authorize(self, message: messages.CreateAuthorization, now: float, *, wait: bool) -> None:
@@ -260,7 +264,8 @@ class Gateway:
         if message.use_iceless:
             _LOG.warning("Authorization skipped: it asks for ICE-less mode, which was not offered cid=%s", client.id)
             return
-        handle = self._handles.get(client.id, self._next_handle)
+        known = client.id in self._handles
+        handle = self._handles[client.id] if known else next(self._new_handles)
         try:
             self.node.upsert(
                 client.id,
@@ -272,18 +277,18 @@ class Gateway:
                 now=now,
             )
         except NoRelayAvailableError:
-            if wait and self.node.relays.is_probing and len(self._waiting) < MAX_WAITING_AUTHORIZATIONS:
-                self._waiting.append((now + RELAY_WAIT, message))
-            else:
+            if not (wait and self.node.relays.is_probing and self._waiting.add(message, now)):
                 _LOG.info("Authorization refused: no relay has answered yet cid=%s", client.id)
                 self._no_relays_pending = True
             return
-        if client.id not in self._handles:
-            self._handles[client.id] = handle
-            self._clients[handle] = client.id
-            self._next_handle += 1
         expires = None if message.expires_at is None else self._deadline(message.expires_at, now)
-        self.tunnel.grant(client.id, client.ipv4, client.ipv6, _resource(message.resource), expires, now)
+        if not self.tunnel.grant(client.id, client.ipv4, client.ipv6, _resource(message.resource), expires, now):
+            _LOG.warning("Authorization refused: it cannot be recorded cid=%s rid=%s", client.id, message.resource.id)
+            if not known:
+                self.node.drop(client.id)
+            return
+        self._handles[client.id] = handle
+        self._clients[handle] = client.id
         _LOG.info(
             "Access allowed cid=%s rid=%s expires_in=%s",
             client.id,
@@ -334,20 +339,18 @@ class Gateway:
 
     def _retry_waiting(self, now: float) -> bool:
         """Authorizations that wait for a relay: take them all up when one has answered, give up on the overdue."""
-        if not self._waiting or (self.node.relays.sample(now) is None and now < self._waiting[0][0]):
+        if not self._waiting:
             return False
-        waiting, self._waiting = self._waiting, deque()
-        for deadline, message in waiting:
-            if now >= deadline or self.node.relays.sample(now) is not None:
-                self._authorize(message, now, wait=False)
-            else:
-                self._waiting.append((deadline, message))
-        return True
+        due = self._waiting.take(now, every=self.node.relays.sample(now) is not None)
+        for message in due:
+            self._authorize(message, now, wait=False)
+        return bool(due)
 
-    def _send(self, client_id: str, packet: bytes, now: float) -> None:
+    def _send(self, client_id: str, packet: bytes, now: float) -> bool:
         reason = self.node.send(client_id, packet, now)
         if reason is not None:
             self.counters[f"to client: {reason}"] += 1
+        return reason is None
 
     def _install(self, handle: int, flow: Flow | None, *, inbound: bool) -> None:
         if flow is not None:
@@ -359,6 +362,7 @@ class Gateway:
         handle = self._handles.pop(client_id, None)
         if handle is not None:
             del self._clients[handle]
+            self.engine.remove_peer(handle)
 
     def _tell_portal(self, message: messages.Outbound) -> None:
         self._events.append(SendToPortal(message))
@@ -368,6 +372,81 @@ class Gateway:
         if expires_at > MAX_UNIX_TIME:
             return now + FAR_FUTURE
         return expires_at - self._unix_offset
+
+
+class _Waiting:
+    """Authorizations that no relay has answered for. What the portal says of such a pair meanwhile holds for them."""
+
+    def __init__(self) -> None:
+        self._entries: deque[tuple[float, messages.CreateAuthorization]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def add(self, message: messages.CreateAuthorization, now: float) -> bool:
+        """Keep it for `RELAY_WAIT`; False when there are too many."""
+        if len(self._entries) >= MAX_WAITING_AUTHORIZATIONS:
+            return False
+        self._entries.append((now + RELAY_WAIT, message))
+        return True
+
+    def take(self, now: float, *, every: bool) -> list[messages.CreateAuthorization]:
+        """Those whose time is over, or all, in the order of arrival."""
+        taken = []
+        while self._entries and (every or now >= self._entries[0][0]):
+            taken.append(self._entries.popleft()[1])
+        return taken
+
+    def withdraw(self, client_id: str, resource_id: str) -> None:
+        """The portal rejected the pair."""
+        self._change(lambda message: None if _pair(message) == (client_id, resource_id) else message)
+
+    def retain(self, authorizations: Iterable[messages.Authorization]) -> None:
+        """The portal said which pairs are authorized, and until when."""
+        listed: dict[tuple[str, str], int] = {
+            (entry.client_id, entry.resource_id): entry.expires_at for entry in authorizations
+        }
+
+        def listed_only(message: messages.CreateAuthorization) -> messages.CreateAuthorization | None:
+            expires_at = listed.get(_pair(message))
+            return None if expires_at is None else structs.replace(message, expires_at=expires_at)
+
+        self._change(listed_only)
+
+    def set_expiry(self, client_id: str, resource_id: str, expires_at: int) -> None:
+        """The portal moved the end of the pair."""
+        pair = (client_id, resource_id)
+        self._change(lambda each: structs.replace(each, expires_at=expires_at) if _pair(each) == pair else each)
+
+    def update_filters(self, resource: messages.Resource) -> None:
+        """The portal changed what the resource permits."""
+        if isinstance(resource, messages.InternetResource):
+            return
+        filters_now = resource.filters
+
+        def updated(message: messages.CreateAuthorization) -> messages.CreateAuthorization:
+            held = message.resource
+            if (
+                held.id != resource.id
+                or isinstance(held, messages.InternetResource)
+                or type(held) is not type(resource)
+            ):
+                return message
+            return structs.replace(message, resource=structs.replace(held, filters=filters_now))
+
+        self._change(updated)
+
+    def poll_timeout(self) -> Deadline | None:
+        """When the first has waited long enough."""
+        return Deadline(self._entries[0][0], "authorization waits for a relay") if self._entries else None
+
+    def _change(self, change: Callable[[messages.CreateAuthorization], messages.CreateAuthorization | None]) -> None:
+        changed = ((deadline, change(message)) for deadline, message in self._entries)
+        self._entries = deque((deadline, message) for deadline, message in changed if message is not None)
+
+
+def _pair(message: messages.CreateAuthorization) -> tuple[str, str]:
+    return message.client.id, message.resource.id
 
 
 def _relay(relay: messages.Relay) -> Relay:

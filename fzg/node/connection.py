@@ -36,6 +36,9 @@ IDLE_AFTER = 20.0  # s without activity
 HANDSHAKE_DEBOUNCE = 20.0  # s between handshakes that a nomination starts (controlling side)
 CONNECTING_BUFFER = 128  # WireGuard messages kept until a path is selected, oldest dropped
 
+NO_CHANNEL = "no channel on the relay"
+"""Why `send` dropped a packet; a bind was started, so the next one may pass."""
+
 
 class ConnectionState(Enum):
     """See the table of connectivity 2.4; a failed connection is removed in the pass that fails it."""
@@ -185,7 +188,7 @@ class Connection:
             return "no WireGuard session"
         self.note_activity(now)
         if not self._transmit(datagram, now, ip.ecn_of(packet)):
-            return "no channel on the relay"
+            return NO_CHANNEL
         return None
 
     def handle_timeout(self, now: float) -> None:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import heapq
 import logging
 from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass
-from itertools import count
 from typing import TYPE_CHECKING
 
 from fzg.ice.agent import SERVER_DEFAULT, SERVER_IDLE, Agent, Credentials, Role, Timing
-from fzg.node.connection import Connection, ConnectionState, Established, Failure, Identity, PathChanged
+from fzg.node.connection import (
+    NO_CHANNEL,
+    Connection,
+    ConnectionState,
+    Established,
+    Failure,
+    Identity,
+    PathChanged,
+)
 from fzg.node.signalling import CandidateMessage, Signalling
+from fzg.node.timers import Timers
 from fzg.sansio import Deadline, Transmit, earliest
 from fzg.turn.events import (
     CandidateAdded,
@@ -48,6 +55,9 @@ _LOG = logging.getLogger(__name__)
 
 REQUEST_LIFETIME = 10.0  # s in which the answer to one of our checks counts (connectivity 1.3)
 RELAYED_ACTIVITY_INTERVAL = 5.0  # s between looks at what the engine carried over channels; refresh is due at 240 s
+# What a connection does in its pass may make it due at once: a nomination is followed by its check. A deadline that
+# still stands after this many passes is not going to move, and the driver must see that.
+PASSES = 3
 GOODBYE = control.encode(control.Goodbye())
 # Bounds the work of one client and the table of checks in flight: 100 pairs x 1000 clients, far above what is ever due.
 MAX_REQUESTS_IN_FLIGHT = 100_000
@@ -126,10 +136,8 @@ class Node:
         self._relayed_key: dict[str, tuple[str, Endpoint]] = {}
         self._channels: dict[tuple[str, Endpoint], int] = {}
         self._homeless: dict[str, Connection] = {}
-        self._timers: list[tuple[float, int, Connection]] = []
-        self._armed: dict[str, tuple[float, int, str]] = {}
-        self._sequence = count()
-        self._relayed_activity_at = now + RELAYED_ACTIVITY_INTERVAL
+        self._timers = Timers()
+        self._activity_reported_at = now
         self._out: deque[Transmit] = deque()
         self._events: deque[NodeEvent] = deque()
 
@@ -218,10 +226,12 @@ class Node:
         connection = self._connections.get(client_id)
         if connection is None:
             return "not connected"
+        was_idle = connection.state is ConnectionState.IDLE
         reason = connection.send(packet, now)
-        self._collect(connection)
-        if reason == "no channel on the relay":
-            self._settle_relays(now)
+        if was_idle or reason == NO_CHANNEL:
+            self._settle(connection, now)
+        else:
+            self._collect(connection)
         return reason
 
     # -- ends
@@ -246,40 +256,31 @@ class Node:
         """Goodbye to every client, and every allocation deleted (2.12; turn 2.9)."""
         for client_id in list(self._connections):
             self.close(client_id, now)
+        # A goodbye through a relay must be there before the request that deletes its channel.
+        self._out.extendleft(reversed(self._drain_transmits()))
         self.relays.shutdown(now)
+        self._out.extend(self._drain_transmits())
 
     # -- time and output
 
     def handle_timeout(self, now: float) -> None:
-        """Relays first, then due connections, then relay migration (2.5)."""
+        """Relays first, then due connections (2.5)."""
+        if now >= self._activity_reported_at + RELAYED_ACTIVITY_INTERVAL:
+            self._report_relayed_activity(now)
         self.relays.handle_timeout(now)
         self._settle_relays(now)
         while self._requests and next(iter(self._requests.values())).expires <= now:
             self._requests.popitem(last=False)
-        if now >= self._relayed_activity_at:
-            self._relayed_activity_at = now + RELAYED_ACTIVITY_INTERVAL
-            self._report_relayed_activity(now)
-        while self._timers and self._timers[0][0] <= now:
-            _, sequence, connection = heapq.heappop(self._timers)
-            armed = self._armed.get(connection.client_id)
-            if armed is None or armed[1] != sequence:
-                continue
-            del self._armed[connection.client_id]
-            connection.handle_timeout(now)
-            self._settle(connection, now)
-        for connection in list(self._homeless.values()):
-            self._migrate(connection, now)
-            self._settle(connection, now)
+        for _ in range(PASSES):
+            for connection in self._timers.take_due(now):
+                if self._connections.get(connection.client_id) is connection:
+                    connection.handle_timeout(now)
+                    self._settle(connection, now)
 
     def poll_timeout(self) -> Deadline | None:
-        """The soonest deadline of relays and connections; stale timer entries are dropped on the way."""
-        while self._timers:
-            at, sequence, connection = self._timers[0]
-            armed = self._armed.get(connection.client_id)
-            if armed is not None and armed[1] == sequence:
-                return earliest(self.relays.poll_timeout(), Deadline(at, armed[2]))
-            heapq.heappop(self._timers)
-        return self.relays.poll_timeout()
+        """The soonest deadline of relays and connections."""
+        look = Deadline(self._activity_reported_at + RELAYED_ACTIVITY_INTERVAL, "relayed activity")
+        return earliest(self.relays.poll_timeout(), self._timers.soonest(), look if self._relayed else None)
 
     def poll_transmit(self) -> Transmit | None:
         """The next datagram; what TURN sends goes first, so that no ChannelData overtakes its ChannelBind."""
@@ -378,7 +379,7 @@ class Node:
             del self._by_username[username]
         if self._by_public_key.get(public_key) is connection:
             del self._by_public_key[public_key]
-        self._armed.pop(client_id, None)
+        self._timers.cancel(connection)
         self._homeless.pop(client_id, None)
         self._track_relayed(connection, None)
         self.signalling.forget(client_id)
@@ -404,22 +405,18 @@ class Node:
                 case PathChanged(new=new):
                     _LOG.debug("Path changed cid=%s path=%s", connection.client_id, new)
                     self._track_relayed(connection, new)
-        self._arm(connection)
+        self._timers.arm(connection, connection.poll_timeout())
         self._settle_relays(now)
 
     def _collect(self, connection: Connection) -> None:
         while (transmit := connection.poll_transmit()) is not None:
             self._out.append(transmit)
 
-    def _arm(self, connection: Connection) -> None:
-        deadline = connection.poll_timeout()
-        armed = self._armed.get(connection.client_id)
-        if deadline is None:
-            self._armed.pop(connection.client_id, None)
-        elif armed is None or armed[0] != deadline.at:
-            sequence = next(self._sequence)
-            self._armed[connection.client_id] = (deadline.at, sequence, deadline.reason)
-            heapq.heappush(self._timers, (deadline.at, sequence, connection))
+    def _drain_transmits(self) -> list[Transmit]:
+        transmits = []
+        while (transmit := self.relays.poll_transmit()) is not None:
+            transmits.append(transmit)
+        return transmits
 
     def _remote_candidate(self, client_id: str, text: str) -> tuple[Connection, candidate_line.Candidate] | None:
         connection = self._connections.get(client_id)
@@ -516,6 +513,10 @@ class Node:
         for connection in self._drain_relays(now):
             if self._connections.get(connection.client_id) is connection:
                 self._settle(connection, now)
+        if self._homeless and self.relays.sample(now) is not None:
+            for connection in list(self._homeless.values()):
+                self._migrate(connection, now)
+                self._settle(connection, now)
 
     def _drain_relays(self, now: float) -> Sequence[Connection]:
         touched: dict[int, Connection] = {}
@@ -534,13 +535,12 @@ class Node:
                             touched[connection.index] = connection
                 case ChannelChanged():
                     self._channel_changed(event, now)
-                case RelayRemoved(relay_id=relay_id, replaced=False):
-                    for connection in list(self._connections.values()):
+                case RelayRemoved(relay_id=relay_id):
+                    # A successor on the same id or socket is a new allocation, and may have another id.
+                    for connection in self._connections.values():
                         if connection.relay_id == relay_id:
                             self._migrate(connection, now)
                             touched[connection.index] = connection
-                case RelayRemoved():
-                    pass
                 case NoRelays():
                     self._events.append(RelaysExhausted())
         return list(touched.values())
@@ -552,6 +552,7 @@ class Node:
         if relay_id is None:
             self._homeless[connection.client_id] = connection
             self._track_relayed(connection, None)
+            connection.relay_route_changed(now)
             return
         self._homeless.pop(connection.client_id, None)
         _LOG.info("Connection moved to another relay cid=%s relay=%s", connection.client_id, relay_id)
@@ -575,20 +576,22 @@ class Node:
             connection.relay_route_changed(now)
 
     def _track_relayed(self, connection: Connection, path: Path | None) -> None:
-        """Keep the index from (relay, peer) to the connections whose data takes that channel."""
+        """Keep the index from (relay, peer) to the connections whose data takes that channel, which stays bound."""
         old = self._relayed_key.pop(connection.client_id, None)
         if old is not None:
-            self._relayed[old].pop(connection.client_id, None)
+            self._relayed[old].pop(connection.client_id)
             if not self._relayed[old]:
                 del self._relayed[old]
+                self.relays.nominate(*old, nominated=False)
         if path is not None and path.relayed and connection.relay_id is not None:
             key = (connection.relay_id, path.destination)
             self._relayed_key[connection.client_id] = key
             self._relayed.setdefault(key, {})[connection.client_id] = connection
+            self.relays.nominate(*key, nominated=True)
 
     def _report_relayed_activity(self, now: float) -> None:
         """Tell TURN what the engine carried, for channel refresh and keep-alives (turn 2.8, 3.4)."""
-        since = now - RELAYED_ACTIVITY_INTERVAL
+        since, self._activity_reported_at = self._activity_reported_at, now
         for (relay_id, peer), connections in self._relayed.items():
             number = self._channels.get((relay_id, peer))
             if number is None:

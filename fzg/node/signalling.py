@@ -83,16 +83,16 @@ class Signalling:
         ]
 
     def give_back(self, message: CandidateMessage) -> None:
-        """A drained message was never written to the socket: keep what nothing newer contradicts."""
+        """A drained message was never written: it counts as older than all that is held. Newest first if several."""
         changes = self._changes.setdefault(message.client_id, _Changes())
-        mine, newer = changes.added, changes.invalidated
-        if not message.added:
-            mine, newer = newer, mine
         for text in message.candidates:
             candidate = candidate_line.parse(text)
             key = (candidate.kind, candidate.address)
-            if newer.pop(key, None) is None:
-                mine.setdefault(key, candidate)
+            if not message.added:
+                if key not in changes.added:
+                    changes.invalidated.setdefault(key, candidate)
+            elif changes.invalidated.pop(key, None) is None:
+                changes.added.setdefault(key, candidate)
 
 
 def _best_first(candidates: dict[tuple[Kind, Endpoint], Candidate]) -> tuple[str, ...]:

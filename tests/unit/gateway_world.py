@@ -1,4 +1,4 @@
-"""An Internet in memory: the gateway's core, a client, relays and NATs on a virtual clock, with a portal that notes everything."""
+"""An Internet in memory: the gateway's core, clients, relays, NATs, a virtual clock, and a portal that notes all."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import random
 import socket
 import struct
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from ipaddress import ip_address
+from typing import TYPE_CHECKING
+
+import pytest
 
 from fzg.dataplane.engine import Datagram, InnerPacket, OutboundPacket, SessionConfirmed
 from fzg.dataplane.pure import PureEngine
@@ -26,15 +29,26 @@ from fzg.wire import candidate as candidate_line
 from fzg.wire import stun
 from fzg.wire.endpoint import Endpoint
 from fzg.wireguard.keys import KeyPair
-from tests.unit.dataplane_world import FakeUdp
+from tests.unit.dataplane_world import FakeUdp, udp
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
 
 UNIX_START = 1_790_000_000.0
 CLIENT_ID = "11111111-2222-4333-8444-555555555555"
 RESOURCE_ID = "99999999-8888-4777-8666-555555555555"
 GATEWAY_V4, GATEWAY_V6 = bytes((100, 71, 4, 9)), bytes.fromhex("fd00202111110000000000000a000017")
 CLIENT_V4, CLIENT_V6 = bytes((100, 66, 1, 2)), bytes.fromhex("fd002021111100000000000000010002")
-RELAY_IDS = ("2a8abfa8-cb99-4629-8437-854193ca6bca", "5b1d0c66-3a6e-4a0e-8c55-0e9f0d9a7c31")
+RELAY_IDS = (
+    "2a8abfa8-cb99-4629-8437-854193ca6bca",
+    "5b1d0c66-3a6e-4a0e-8c55-0e9f0d9a7c31",
+    "7c6a4d1e-90ab-4cde-8f01-23456789abcd",
+    "8d7b5e2f-01bc-4def-9012-3456789abcde",
+)
+SERVER, SERVER_2 = bytes((10, 0, 0, 5)), bytes((192, 168, 7, 5))
 PORT = 52625
+SETTLED = 0.1
+"""Seconds after which every packet in flight has arrived."""
 
 
 class Nat:
@@ -162,6 +176,7 @@ class MemoryRelay(Host):
         self.channels: dict[tuple[Endpoint, int], Endpoint] = {}
         self.numbers: dict[tuple[Endpoint, Endpoint], int] = {}
         self.count: Counter[int] = Counter()
+        self.binds: list[tuple[Endpoint, Endpoint]] = []
         self.forwarded = 0
         self._ports = itertools.count(49152)
 
@@ -246,6 +261,7 @@ class MemoryRelay(Host):
         assert method == 9
         assert peer is not None
         assert number is not None
+        self.binds.append((client, peer))
         if len(peer.ip) not in self.allocations[client]:
             return respond(3, (9, stun.error_code(443, "Peer Address Family Mismatch")))
         if self.channels.get((client, number), peer) != peer or self.numbers.get((client, peer), number) != number:
@@ -307,8 +323,8 @@ class Party(Host):
         self.random = random.Random(seed).randbytes
         self.engine = PureEngine()
         self.static = KeyPair.generate(self.random)
-        for text in addresses:
-            packed = ip_address(text).packed
+        self.addresses = [ip_address(text).packed for text in addresses]
+        for packed in self.addresses:
             net.hosts[packed] = self
             family = socket.AF_INET if len(packed) == 4 else socket.AF_INET6
             self.engine.attach_udp(family, Socket(self, packed), port=PORT)
@@ -404,11 +420,14 @@ class GatewayParty(Party):
 class ClientParty(Party):
     """Controlling side: sends its candidates, initiates on nomination, keeps what it receives."""
 
-    def __init__(
-        self, net: Net, addresses: list[str], nat: Nat | None = None, *, client_id: str = CLIENT_ID, seed: int = 2
-    ) -> None:
-        super().__init__(net, addresses, nat, seed)
-        self.client_id = client_id
+    def __init__(self, net: Net, addresses: list[str], nat: Nat | None = None, *, number: int = 1) -> None:
+        super().__init__(net, addresses, nat, seed=1 + number)
+        self.client_id = f"{number:08x}{CLIENT_ID[8:]}" if number > 1 else CLIENT_ID
+        self.gateway_credentials = Credentials(f"wxy{number:x}", Secret(f"gatewaypasswordaaaaa{number:02d}"))
+        self.credentials = Credentials(f"abc{number:x}", Secret(f"clientpasswordbbbbbb{number:02d}"))
+        self.preshared_key = bytes([number]) * 32
+        self.ipv4 = CLIENT_V4[:3] + bytes([CLIENT_V4[3] + number - 1])
+        self.ipv6 = CLIENT_V6[:15] + bytes([CLIENT_V6[15] + number - 1])
         self.node = Node(
             static=self.static, engine=self.engine, random=self.random, unix_offset=UNIX_START, now=self.now,
             role=Role.CONTROLLING, timing=CLIENT_DEFAULT, idle_timing=CLIENT_IDLE,
@@ -466,100 +485,182 @@ class ClientParty(Party):
 
 @dataclass
 class World:
-    """The usual cast: a gateway, a client, relays and a portal that connects them with `portal_delay`."""
+    """The usual cast: a gateway, a client or more, relays and a portal that connects them with `portal_delay`."""
 
     net: Net = field(default_factory=Net)
     portal_delay: float = 0.001
     gateway: GatewayParty = None
-    client: ClientParty = None
+    clients: list[ClientParty] = field(default_factory=list)
     relays: list[MemoryRelay] = field(default_factory=list)
-    credentials: tuple[str, str, str, str] = ("wxyz", "gatewaypasswordaaaaa23", "abcd", "clientpasswordbbbbbb45")
-    preshared_key: bytes = bytes(range(32))
+    portal_is_up: bool = True
 
-    def start(self) -> World:
-        """`init` for both, and time for the relays to answer."""
+    @property
+    def client(self) -> ClientParty:
+        return self.clients[0]
+
+    @property
+    def connection(self):
+        """The first client's connection at the gateway."""
+        return self.gateway.node.connection(self.client.client_id)
+
+    def start(self, *, settle: float = 1.0) -> World:
+        """`init` for all, and time for the relays to answer."""
+        self.gateway.on_frame = self._to_client
         self.gateway.core.handle_portal_connected(self.net.now)
         self.gateway.portal(self.init())
-        self.client.node.update_relays((), [relay.credentials("client") for relay in self.relays], self.net.now)
-        self.client.drain()
-        self.gateway.on_frame = self._to_client
-        self.client.on_candidates = self._to_gateway
-        self.net.run(1.0)
+        for client in self.clients:
+            self._introduce(client)
+        self.net.run(settle)
         return self
 
-    def init(self, **fields) -> messages.Init:
+    def add_client(self, placement: str = "public", *, started: bool = True) -> ClientParty:
+        """Another client with an identity, keys and an address of its own."""
+        number = len(self.clients) + 1
+        client = ClientParty(
+            self.net,
+            *_placed(placement, f"203.0.113.{6 + number}", f"172.30.0.{99 + number}", f"2001:db8:7::{99 + number}"),
+            number=number,
+        )
+        self.clients.append(client)
+        if started:
+            self._introduce(client)
+            self.net.run(1.0)
+        return client
+
+    def init(self, *, relays: list[MemoryRelay] | None = None, **fields) -> messages.Init:
+        listed = self.relays if relays is None else relays
         return messages.Init(
             interface=messages.Interface(ipv4=messages.Ipv4(GATEWAY_V4), ipv6=messages.Ipv6(GATEWAY_V6)),
-            relays=messages.Relays(relay.listed("gateway") for relay in self.relays),
+            relays=messages.Relays(relay.listed("gateway") for relay in listed),
             **fields,
         )
 
     def authorization(
-        self, *, resource: messages.Resource | None = None, expires_at: int | None = None, **fields
+        self, client: ClientParty | None = None, *, resource: messages.Resource | None = None, **fields
     ) -> messages.CreateAuthorization:
-        gateway_ufrag, gateway_password, client_ufrag, client_password = self.credentials
+        client = client or self.client
+        ours, theirs = client.gateway_credentials, client.credentials
         return messages.CreateAuthorization(
-            ref=fields.pop("ref", "opaque"),
+            ref=fields.pop("ref", client.client_id),
             client=messages.Client(
-                id=messages.Id(self.client.client_id), public_key=messages.PublicKey(self.client.static.public),
-                preshared_key=Secret(fields.pop("preshared_key", self.preshared_key)), ipv4=messages.Ipv4(fields.pop("ipv4", CLIENT_V4)), ipv6=messages.Ipv6(CLIENT_V6),
+                id=messages.Id(client.client_id),
+                public_key=messages.PublicKey(client.static.public),
+                preshared_key=Secret(client.preshared_key),
+                ipv4=messages.Ipv4(client.ipv4),
+                ipv6=messages.Ipv6(client.ipv6),
             ),
             resource=resource or cidr("10.0.0.0/8"),
-            gateway_ice_credentials=messages.IceCredentials(username=gateway_ufrag, password=Secret(gateway_password)),
-            client_ice_credentials=messages.IceCredentials(username=client_ufrag, password=Secret(client_password)),
-            expires_at=expires_at,
+            gateway_ice_credentials=messages.IceCredentials(username=ours.ufrag, password=ours.password),
+            client_ice_credentials=messages.IceCredentials(username=theirs.ufrag, password=theirs.password),
             **fields,
-        )  # fmt: skip
+        )
 
-    def authorize(self, **fields) -> None:
-        self.gateway.portal(self.authorization(**fields))
+    def authorize(self, client: ClientParty | None = None, **fields) -> None:
+        self.gateway.portal(self.authorization(client, **fields))
 
-    def connect(self, limit: float = 10.0, **fields) -> float:
+    def connect(self, client: ClientParty | None = None, *, limit: float = 10.0, **fields) -> float:
         """Authorize and wait until the client may send; returns how long that took."""
-        count = len(self.client.established)
-        self.authorize(**fields)
-        return self.net.run_until(lambda: len(self.client.established) > count, limit)
+        client = client or self.client
+        count = len(client.established)
+        self.authorize(client, **fields)
+        return self.net.run_until(lambda: len(client.established) > count, limit)
 
-    def _to_client(self, message: messages.Outbound) -> None:
-        moment = self.net.now + self.portal_delay
-        match message:
-            case messages.AuthorizationCreated() | messages.FlowAuthorized():
-                self.net.at(moment, self._authorized)
-            case messages.BroadcastIceCandidates(candidates=texts):
-                self.net.at(
-                    moment,
-                    lambda: self._candidates(self.client, self.client.node.add_remote_candidate, "gateway", texts),
-                )
-            case messages.BroadcastInvalidatedIceCandidates(candidates=texts):
-                self.net.at(
-                    moment,
-                    lambda: self._candidates(self.client, self.client.node.remove_remote_candidate, "gateway", texts),
-                )
-            case _:
-                pass
+    def reject(self, client: ClientParty | None = None, resource_id: str = RESOURCE_ID) -> None:
+        client_id = messages.Id((client or self.client).client_id)
+        self.gateway.portal(messages.RejectAccess(client_id=client_id, resource_id=messages.Id(resource_id)))
 
-    def _authorized(self) -> None:
-        gateway_ufrag, gateway_password, client_ufrag, client_password = self.credentials
-        self.client.node.upsert(
-            "gateway", handle=1, public_key=self.gateway.static.public, preshared_key=Secret(self.preshared_key),
-            local=Credentials(client_ufrag, Secret(client_password)), remote=Credentials(gateway_ufrag, Secret(gateway_password)),
-            now=self.net.now,
-        )  # fmt: skip
-        self.client.drain()
+    def relays_presence(self, *connected: MemoryRelay, gone: Iterable[MemoryRelay] = ()) -> None:
+        self.gateway.portal(
+            messages.RelaysPresence(
+                disconnected_ids=tuple(messages.Id(relay.id) for relay in gone),
+                connected=messages.Relays(relay.listed("gateway") for relay in connected),
+            )
+        )
 
-    def _to_gateway(self, added: bool, texts: tuple[str, ...]) -> None:
+    def candidates(self, *texts: str, client: ClientParty | None = None, added: bool = True) -> None:
+        """The portal brings candidates of the client."""
         kind = messages.IceCandidates if added else messages.InvalidateIceCandidates
-        message = kind(client_id=messages.Id(self.client.client_id), candidates=messages.Candidates(texts))
-        self.net.at(self.net.now + self.portal_delay, lambda: self.gateway.portal(message))
+        client_id = messages.Id((client or self.client).client_id)
+        self.gateway.portal(kind(client_id=client_id, candidates=messages.Candidates(texts)))
 
-    def _candidates(self, party: ClientParty, apply: Callable[[str, str, float], None], gateway: str, texts) -> None:
-        for text in texts:
-            apply(gateway, text, self.net.now)
-        party.drain()
+    def portal_goes(self) -> None:
+        self.portal_is_up = False
+        self.gateway.core.handle_portal_disconnected(self.net.now)
+        self.gateway.drain()
+
+    def portal_returns(self, **fields) -> None:
+        self.portal_is_up = True
+        self.gateway.core.handle_portal_connected(self.net.now)
+        self.gateway.drain()
+        self.gateway.portal(self.init(**fields))
+
+    def reaches(self, client: ClientParty | None = None, *, destination: bytes = SERVER) -> bool:
+        """Whether a packet of the client arrives behind the gateway, now."""
+        client = client or self.client
+        packet = udp(source=client.ipv4, destination=destination, payload=os.urandom(8))
+        client.send(packet)
+        self.net.run(SETTLED)
+        return packet in self.gateway.written()
+
+    def answers(self, client: ClientParty | None = None, *, source: bytes = SERVER) -> bool:
+        """Whether a packet from behind the gateway arrives at the client, now."""
+        client = client or self.client
+        packet = udp(source=source, destination=client.ipv4, sport=53, dport=50000, payload=os.urandom(8))
+        self.gateway.read_tun(packet)
+        self.net.run(SETTLED)
+        return packet in client.received
+
+    def traffic_flows(self, client: ClientParty | None = None) -> bool:
+        """Whether both directions carry packets: the first of each, and those for which a flow is installed."""
+        return all([self.reaches(client), self.answers(client), self.reaches(client), self.answers(client)])
 
     def close(self) -> None:
         for party in self.net.parties:
             party.close()
+
+    def _introduce(self, client: ClientParty) -> None:
+        client.node.update_relays((), [each.credentials(client.client_id) for each in self.relays], self.net.now)
+        client.drain()
+        client.on_candidates = lambda added, texts: self._to_gateway(client, added, texts)
+
+    def _to_client(self, message: messages.Outbound) -> None:
+        moment = self.net.now + self.portal_delay
+        match message:
+            case messages.AuthorizationCreated(ref=ref) | messages.FlowAuthorized(ref=ref):
+                for client in self.clients:
+                    if client.client_id == ref:
+                        self.net.at(moment, partial(self._authorized, client))
+            case messages.BroadcastIceCandidates(client_ids=(client_id,), candidates=texts):
+                self.net.at(moment, partial(self._candidates, client_id, texts, added=True))
+            case messages.BroadcastInvalidatedIceCandidates(client_ids=(client_id,), candidates=texts):
+                self.net.at(moment, partial(self._candidates, client_id, texts, added=False))
+            case _:
+                pass
+
+    def _authorized(self, client: ClientParty) -> None:
+        client.node.upsert(
+            "gateway",
+            handle=1,
+            public_key=self.gateway.static.public,
+            preshared_key=Secret(client.preshared_key),
+            local=client.credentials,
+            remote=client.gateway_credentials,
+            now=self.net.now,
+        )
+        client.drain()
+
+    def _to_gateway(self, client: ClientParty, added: bool, texts: tuple[str, ...]) -> None:
+        if self.portal_is_up:
+            deliver = partial(self.candidates, *texts, client=client, added=added)
+            self.net.at(self.net.now + self.portal_delay, lambda: self.portal_is_up and deliver())
+
+    def _candidates(self, client_id: str, texts: tuple[str, ...], *, added: bool) -> None:
+        for client in self.clients:
+            if client.client_id == client_id:
+                apply = client.node.add_remote_candidate if added else client.node.remove_remote_candidate
+                for text in texts:
+                    apply("gateway", text, self.net.now)
+                client.drain()
 
 
 def cidr(network: str, *filters: messages.Filter, resource_id: str = RESOURCE_ID) -> messages.CidrResource:
@@ -571,23 +672,50 @@ def cidr(network: str, *filters: messages.Filter, resource_id: str = RESOURCE_ID
 def world(
     *, gateway: str = "public", client: str = "public", relays: int = 2, ipv6: bool = False, latency: float = 0.001
 ) -> World:
-    """`gateway` and `client`: public, nat (port-preserving), symmetric."""
-    net = Net(latency=latency)
-    made = World(net)
-    made.relays = [
-        MemoryRelay(net, RELAY_IDS[i], f"198.51.100.{101 + i}", f"2001:db8:9::{101 + i}" if ipv6 else None)
-        for i in range(relays)
+    """`gateway` and `client`: public, nat (port-preserving), symmetric. Relays are as near as the latency says."""
+    made = World(Net(latency=latency))
+    _open.append(made)
+    made.relays = [memory_relay(made.net, i, ipv6=ipv6) for i in range(relays)]
+    made.gateway = GatewayParty(
+        made.net, *_placed(gateway, "203.0.113.5", "172.31.0.100", "2001:db8:5::100" if ipv6 else None)
+    )
+    made.clients = [
+        ClientParty(made.net, *_placed(client, "203.0.113.7", "172.30.0.100", "2001:db8:7::100" if ipv6 else None))
     ]
-
-    def placed(kind: str, public: str, private: str, v6: str) -> tuple[list[str], Nat | None]:
-        extra = [v6] if ipv6 else []
-        if kind == "public":
-            return [public, *extra], None
-        return [private, *extra], Nat(public, symmetric=kind == "symmetric")
-
-    made.gateway = GatewayParty(net, *placed(gateway, "203.0.113.5", "172.31.0.100", "2001:db8:5::100"))
-    made.client = ClientParty(net, *placed(client, "203.0.113.7", "172.30.0.100", "2001:db8:7::100"))
     return made
+
+
+_open: list[World] = []
+
+
+@pytest.fixture(autouse=True)
+def close_worlds():
+    """Import it into a test file, and its worlds give their descriptors back."""
+    yield
+    while _open:
+        _open.pop().close()
+
+
+def memory_relay(net: Net, number: int, *, ipv6: bool = False) -> MemoryRelay:
+    v6 = f"2001:db8:9::{101 + number}" if ipv6 else None
+    return MemoryRelay(net, RELAY_IDS[number], f"198.51.100.{101 + number}", v6)
+
+
+def _placed(placement: str, public: str, private: str, v6: str | None) -> tuple[list[str], Nat | None]:
+    extra = [v6] if v6 else []
+    if placement == "public":
+        return [public, *extra], None
+    return [private, *extra], Nat(public, symmetric=placement == "symmetric")
+
+
+def signalled(party: GatewayParty) -> list[list[str]]:
+    """The texts of every candidate message so far."""
+    return [list(message.candidates) for message in party.said(messages.BroadcastIceCandidates)]
+
+
+def withdrawn(party: GatewayParty) -> list[list[str]]:
+    """The texts of every message about withdrawn candidates so far."""
+    return [list(message.candidates) for message in party.said(messages.BroadcastInvalidatedIceCandidates)]
 
 
 def kinds(texts) -> list[str]:
@@ -595,8 +723,8 @@ def kinds(texts) -> list[str]:
 
 
 def priorities(texts) -> list[int]:
-    return [candidate_line.parse(text).priority for text in texts]
+    return [int(text.split()[3]) for text in texts]
 
 
-def random_bytes(n: int) -> bytes:
-    return os.urandom(n)
+def addresses(texts) -> list[str]:
+    return [str(candidate_line.parse(text).address) for text in texts]
