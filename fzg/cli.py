@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -185,6 +186,8 @@ def main() -> NoReturn:
     except click.exceptions.Abort:  # an interrupt before the gateway had begun
         code = EXIT_FAILURE
     finally:
+        for number in (signal.SIGINT, signal.SIGTERM):  # the interpreter's own end would make the second one fatal
+            signal.signal(number, signal.SIG_IGN)
         _close_output()
     sys.exit(code or 0)
 
