@@ -117,9 +117,9 @@ class Namespace:
         words = shown.stdout.split()
         return words[3].partition("/")[0] if len(words) > 3 else None
 
-    def flush_conntrack(self) -> None:
-        """Forget every connection that is tracked here."""
-        self.python("from pyroute2.netlink.nfnetlink.nfctsocket import NFCTSocket as S; s = S(); s.flush(); s.close()")
+    def flush_conntrack(self, *, peers_only: bool = False) -> None:
+        """Forget the connections that are tracked here: all, or those that lead neither to portal nor to relays."""
+        self.run(sys.executable, "-m", "tests.lab.conntrack", "peers" if peers_only else "all")
 
     def snmp(self) -> dict[str, int]:
         """Counters such as `Udp.RcvbufErrors`, as `nstat` reads them."""
@@ -271,10 +271,10 @@ class Network:
         return replace(party, public_ipv4=new[0], public_ipv6=new[1])
 
     def flush_conntrack(self) -> None:
-        """Let every router forget its connections, so that the next one starts from nothing."""
+        """Let every router forget the paths between peers, so that the next connection starts from nothing."""
         for role, namespace in self.namespaces.items():
             if role.endswith("_router"):
-                namespace.flush_conntrack()
+                namespace.flush_conntrack(peers_only=True)
 
     def close(self) -> None:
         """Kill what still runs inside and remove the namespaces. Idempotent."""

@@ -456,7 +456,7 @@ class Lab:
         self.network.cut(self.places[name], cut=cut)
 
     def forget_paths(self) -> None:
-        """Let all routers forget their connections, as the next measurement wants it."""
+        """Let all routers forget the paths between peers, as the next measurement wants it; relays and portal stay."""
         self.network.flush_conntrack()
 
     def warnings(self) -> list[str]:

@@ -140,15 +140,26 @@ def test_nothing_new_gets_in_from_outside_and_blocked_parties_hear_nothing():
         assert inside.namespace.python(probe, outside.ipv6).strip() == "refused"
 
 
-def test_conntrack_can_be_flushed():
-    send = "import socket, sys; s = socket.socket(socket.AF_INET, 2); s.sendto(b'x', (sys.argv[1], 9))"
-    count = "print(len(list(__import__('pyroute2.netlink.nfnetlink.nfctsocket', fromlist=['x']).NFCTSocket().dump())))"
+def test_paths_between_peers_can_be_forgotten_while_those_to_relays_stay():
+    send = (
+        "import socket, sys\n"
+        "for host in sys.argv[1:]:\n"
+        "    for port in (9, 3478):\n"
+        "        s = socket.socket(socket.AF_INET6 if ':' in host else socket.AF_INET, socket.SOCK_DGRAM)\n"
+        "        s.bind(('', 50000 + port)); s.sendto(b'x', (host, port))\n"
+    )
+    count = (
+        "from pyroute2.netlink.nfnetlink.nfctsocket import NFCTSocket\n"
+        "print(sum(len(list(NFCTSocket(nfgen_family=family).dump())) for family in (2, 10)))"
+    )
     with Network() as network:
         outside = network.party("outside", Nat.NONE, public=100, private=1)
         inside = network.party("inside", Nat.CONE, public=30, private=30)
-        inside.namespace.python(send, outside.ipv4)
-        assert int(inside.router.python(count)) == 1
+        inside.namespace.python(send, outside.ipv4, outside.ipv6)
+        assert int(inside.router.python(count)) == 4
         network.flush_conntrack()
+        assert int(inside.router.python(count)) == 2
+        inside.router.flush_conntrack()
         assert int(inside.router.python(count)) == 0
 
 
