@@ -172,6 +172,7 @@ def command(**options: Any) -> None:
     TOKEN is the site's or gateway's token; better put it into FIREZONE_TOKEN, or into the systemd credential of that
     name, since arguments are visible to every user of the host.
     """
+    _refuse_what_is_no_text(options)
     options["offloads"] = _offloads(os.environ)
     sys.exit(_run(options, os.environ))
 
@@ -273,6 +274,15 @@ def _settings(options: Mapping[str, Any], environment: Mapping[str, str]) -> Set
         offloads=options["offloads"],
         tun_fd=options["tun_fd"],
     )
+
+
+def _refuse_what_is_no_text(options: Mapping[str, Any]) -> None:
+    for name, value in options.items():
+        try:
+            str(value).encode()
+        except UnicodeEncodeError as error:
+            shown = "TOKEN" if name == "token" else "--" + name.replace("_", "-")
+            raise click.UsageError(f"the value for {shown} is not UTF-8 text") from error
 
 
 def _offloads(environment: Mapping[str, str]) -> Offloads:

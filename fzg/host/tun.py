@@ -50,7 +50,7 @@ def open_tun(name: str = DEVICE_NAME, *, offloads: bool = True, node: Path = NOD
         raise TunError(f"{name!r} is not a device name of 1 to {_MAX_NAME} bytes")
     descriptor = _open_node(node)
     try:
-        _attach(descriptor, name)
+        _attach(descriptor, name, node)
         return TunDevice(descriptor, name, offloads and _enable_offloads(descriptor))
     except BaseException:
         os.close(descriptor)
@@ -80,7 +80,7 @@ def _explain(node: Path, error: OSError) -> str:
     return f"{node}: {error.strerror}"
 
 
-def _attach(descriptor: int, name: str) -> None:
+def _attach(descriptor: int, name: str, node: Path) -> None:
     """Without multi-queue flag, so that a second process cannot attach and steal packets."""
     request = _IFREQ.pack(name.encode(), _IFF_TUN | _IFF_NO_PI | _IFF_VNET_HDR)
     try:
@@ -88,6 +88,8 @@ def _attach(descriptor: int, name: str) -> None:
     except OSError as error:
         if error.errno == errno.EBUSY:
             raise TunError(f"TUN device {name} is in use by another process") from error
+        if error.errno in (errno.ENOTTY, errno.EBADFD):
+            raise TunError(f"{node} is not the TUN driver's node") from error
         if error.errno == errno.EPERM:
             raise TunError(f"TUN device {name}: needs root or CAP_NET_ADMIN") from error
         if error.errno == errno.EINVAL:

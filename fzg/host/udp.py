@@ -177,5 +177,5 @@ def _bind(udp: socket.socket, family: int, port: int) -> None:
     except OSError as error:
         if error.errno == errno.EADDRNOTAVAIL:  # the family has no address at all, so another port would not help
             raise
-        _LOG.info("UDP port %d is taken (%s), using another", port, error.strerror)
+        _LOG.debug("UDP port %d is taken (%s), using another", port, error.strerror)
         udp.bind((wildcard, 0))

@@ -161,8 +161,9 @@ def chain(error: BaseException) -> str:
     parts: list[str] = []
     cause: BaseException | None = error
     while cause is not None:
-        text = str(cause) or type(cause).__name__
-        if not any(text in part for part in parts):
+        text = (str(cause) or type(cause).__name__).rstrip(".")
+        gist = cause.strerror if isinstance(cause, OSError) and cause.strerror else text
+        if not any(gist in part for part in parts):
             parts.append(text)
         cause = cause.__cause__
     return ": ".join(parts)

@@ -93,7 +93,10 @@ def find_token(argument: str | None, variable: str | None, credentials_directory
 
 
 def _without_whitespace(token: str) -> Secret[str]:
-    return Secret("".join(token.split()))
+    token = "".join(token.split())
+    if not (token.isascii() and token.isprintable()):
+        raise IdentityError("the token has characters that no token has; copy it again from the portal")
+    return Secret(token)
 
 
 class _StoredId(msgspec.Struct):
