@@ -14,6 +14,7 @@ from fzg.sansio import Deadline, EcnCodepoint, Transmit, earliest
 from fzg.turn.events import Use
 from fzg.wire import channel_data, ip
 from fzg.wire.candidate import Kind
+from fzg.wire.wireguard import MessageType
 from fzg.wireguard.peer import Expired, HandshakeCompleted
 
 if TYPE_CHECKING:
@@ -222,8 +223,11 @@ class Connection:
         while (message := self.peer.poll_transmit()) is not None:
             if self.path is None:
                 self._buffer.append(message)
-            else:
-                self._transmit(message, now)
+                continue
+            if self.path.relayed and self.relay_id is not None and message[0] == MessageType.INITIATION:
+                # We begin a handshake because data went unanswered (5.4).
+                self._relays.doubt(self.relay_id, now)
+            self._transmit(message, now)
         while (peer_event := self.peer.poll_event()) is not None:
             match peer_event:
                 case HandshakeCompleted(at=at):

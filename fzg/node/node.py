@@ -391,6 +391,9 @@ class Node:
             _LOG.info("Connection failed: %s cid=%s", connection.failure.value, connection.client_id)
             self._remove(connection)
             self._events.append(ConnectionFailed(connection.client_id, connection.failure))
+            silent = connection.failure is not Failure.NO_CANDIDATES
+            if silent and connection.relay_id is not None and (connection.path is None or connection.path.relayed):
+                self.relays.doubt(connection.relay_id, now)
             return
         while (request := connection.poll_request()) is not None:
             self._requests[request] = _Request(connection, now + REQUEST_LIFETIME)

@@ -253,6 +253,11 @@ class Allocation:
                 self._transactions.shorten(refresh, now)
                 self._transmit(refresh, now)
 
+    def doubt(self, now: float) -> None:
+        """What went through the relay met with silence: find out whether the allocation still exists."""
+        if self.state is State.ACTIVE:
+            self._probe_refresh(now)
+
     def delete(self) -> None:
         """Tell the relay once to forget the allocation, without waiting for an answer (DEV 10)."""
         if self.state is State.ACTIVE and self._active is not None:

@@ -124,6 +124,12 @@ class RelaySet:
         if allocation is not None:
             allocation.nominate(peer, nominated=nominated)
 
+    def doubt(self, relay_id: str, now: float) -> None:
+        """A relayed path fell silent. A relay that lost its state drops data without a word (spec turn 5.5)."""
+        allocation = self._allocations.get(relay_id)
+        if allocation is not None:
+            allocation.doubt(now)
+
     def note_data(self, relay_id: str, number: int, *, sent: bool, received: bool, now: float) -> None:
         """Data that did not pass here went over a channel since the last call. Call before `handle_timeout`."""
         allocation = self._allocations.get(relay_id)

@@ -59,15 +59,17 @@ class Nat:
         self.symmetric = symmetric
         self.out: dict[tuple, Endpoint] = {}
         self.back: dict[Endpoint, tuple[Endpoint, set[Endpoint]]] = {}
+        self.taken: set[int] = set()
+        """Public ports that another host behind the NAT holds."""
         self._ports = itertools.count(20_000)
 
     def outgoing(self, source: Endpoint, destination: Endpoint) -> Endpoint:
         key = (source, destination) if self.symmetric else (source,)
         mapped = self.out.get(key)
         if mapped is None:
-            port = (
-                next(self._ports) if self.symmetric or Endpoint(self.public, source.port) in self.back else source.port
-            )
+            preserved = Endpoint(self.public, source.port)
+            free = not self.symmetric and preserved not in self.back and source.port not in self.taken
+            port = source.port if free else next(self._ports)
             mapped = self.out[key] = Endpoint(self.public, port)
             self.back[mapped] = (source, set())
         self.back[mapped][1].add(destination)
