@@ -26,7 +26,15 @@ def available() -> bool:
 class Coturn:
     """A running turnserver with a user database, both in `directory`."""
 
-    def __init__(self, directory: Path, *, ipv4: str, port: int = 3478, loopback_peers: bool = False) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        ipv4: str,
+        port: int = 3478,
+        loopback_peers: bool = False,
+        stale_nonce: int = 600,
+    ) -> None:
         self.directory = directory
         self.address = (ipv4, port)
         directory.mkdir(parents=True, exist_ok=True)
@@ -36,7 +44,7 @@ class Coturn:
         configuration = directory / "turnserver.conf"
         lines = [
             f"listening-port={port}", f"listening-ip={ipv4}", f"relay-ip={ipv4}", "min-port=49152", "max-port=65535",
-            "lt-cred-mech", "realm=firezone", f"userdb={self._database}", "stale-nonce=600",
+            "lt-cred-mech", "realm=firezone", f"userdb={self._database}", f"stale-nonce={stale_nonce}",
             "no-tls", "no-dtls", "no-tcp", "no-tcp-relay", "no-cli", "no-stdout-log",
             f"log-file={directory / 'turnserver.log'}", "simple-log", "verbose",
             f"pidfile={directory / 'turnserver.pid'}",
