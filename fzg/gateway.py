@@ -333,7 +333,7 @@ class Gateway:
             self._no_relays_pending = False
             self._no_relays_at = now
             self._tell_portal(messages.NoRelays())
-        for batch in self.node.drain_candidates():
+        for batch in self.node.drain_candidates(now):
             broadcast = messages.BroadcastIceCandidates if batch.added else messages.BroadcastInvalidatedIceCandidates
             self._tell_portal(broadcast(client_ids=(batch.client_id,), candidates=batch.candidates))
 

@@ -58,6 +58,11 @@ RELAYED_ACTIVITY_INTERVAL = 5.0  # s between looks at what the engine carried ov
 # What a connection does in its pass may make it due at once: a nomination is followed by its check. A deadline that
 # still stands after this many passes is not going to move, and the driver must see that.
 PASSES = 3
+# Behind a NAT that maps by destination the path will be relayed, and a client's first check through our relay is lost
+# when it comes before our channel to the client's relay: its next is 250 ms later. So our candidates wait until the
+# client's are here and bound; a client sends them within 17 ms of the acknowledgement, plus the portal's round trip
+# (connectivity 3.12, 8). Where a direct path may exist nothing waits.
+RELAY_PATH_WAIT = 0.06  # s
 GOODBYE = control.encode(control.Goodbye())
 # Bounds the work of one client and the table of checks in flight: 100 pairs x 1000 clients, far above what is ever due.
 MAX_REQUESTS_IN_FLIGHT = 100_000
@@ -280,7 +285,12 @@ class Node:
     def poll_timeout(self) -> Deadline | None:
         """The soonest deadline of relays and connections."""
         look = Deadline(self._activity_reported_at + RELAYED_ACTIVITY_INTERVAL, "relayed activity")
-        return earliest(self.relays.poll_timeout(), self._timers.soonest(), look if self._relayed else None)
+        return earliest(
+            self.relays.poll_timeout(),
+            self._timers.soonest(),
+            look if self._relayed else None,
+            self.signalling.poll_timeout(),
+        )
 
     def poll_transmit(self) -> Transmit | None:
         """The next datagram; what TURN sends goes first, so that no ChannelData overtakes its ChannelBind."""
@@ -293,8 +303,11 @@ class Node:
         """What the gateway must know."""
         return self._events.popleft() if self._events else None
 
-    def drain_candidates(self) -> list[CandidateMessage]:
+    def drain_candidates(self, now: float) -> list[CandidateMessage]:
         """Candidate messages that are due now."""
+        for client_id, until in list(self.signalling.postponed.items()):
+            if now >= until or self._is_reachable_by_relay(client_id):
+                self.signalling.announce(client_id)
         return self.signalling.drain()
 
     @property
@@ -349,6 +362,8 @@ class Node:
         self._by_public_key[identity.public_key] = connection
         for local in self.relays.candidates(relay_id):
             self._offer(connection, local, now)
+        if self._role is Role.CONTROLLED and self.relays.nat_maps_by_destination:
+            self.signalling.postpone(client_id, now + RELAY_PATH_WAIT)
         _LOG.info("Connection created cid=%s index=%06x relay=%s", client_id, index, relay_id)
         self._settle(connection, now)
 
@@ -367,6 +382,14 @@ class Node:
         added = connection.offer(local, now)
         if added is not None:
             self.signalling.add(connection.client_id, added)
+
+    def _is_reachable_by_relay(self, client_id: str) -> bool:
+        """Whether the client's candidates are here and our relay lets in what it sends from them."""
+        connection = self._connections[client_id]
+        relay_id, remotes = connection.relay_id, connection.agent.remote_candidates()
+        if relay_id is None or not remotes:
+            return False
+        return not any(self.relays.is_binding(relay_id, remote.address) for remote in remotes)
 
     def _remove(self, connection: Connection) -> None:
         connection.close()

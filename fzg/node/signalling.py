@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from fzg.sansio import Deadline
 from fzg.wire import candidate as candidate_line
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from fzg.wire.candidate import Candidate, Kind
     from fzg.wire.endpoint import Endpoint
 
@@ -39,6 +42,7 @@ class Signalling:
 
     def __init__(self) -> None:
         self._changes: dict[str, _Changes] = {}
+        self._postponed: dict[str, float] = {}
         self._held = False
 
     def add(self, client_id: str, candidate: Candidate) -> None:
@@ -60,6 +64,20 @@ class Signalling:
     def forget(self, client_id: str) -> None:
         """The client's connection ended: nothing about it is worth telling."""
         self._changes.pop(client_id, None)
+        self._postponed.pop(client_id, None)
+
+    def postpone(self, client_id: str, until: float) -> None:
+        """Tell this client nothing before `until`, or before `announce`."""
+        self._postponed[client_id] = until
+
+    def announce(self, client_id: str) -> None:
+        """What was postponed is due."""
+        self._postponed.pop(client_id, None)
+
+    @property
+    def postponed(self) -> Mapping[str, float]:
+        """The clients that wait, and until when."""
+        return self._postponed
 
     def hold(self) -> None:
         """The portal is away; what is held stays held."""
@@ -69,12 +87,19 @@ class Signalling:
         """The portal is back: the next `drain` gives out everything held."""
         self._held = False
 
+    def poll_timeout(self) -> Deadline | None:
+        """When a postponed message is due."""
+        if not self._postponed:
+            return None
+        return Deadline(min(self._postponed.values()), "candidates wait for relay channels")
+
     def drain(self) -> list[CandidateMessage]:
         """All messages due: additions first, clients in ascending order, then invalidations."""
         if self._held or not self._changes:
             return []
-        changes, self._changes = self._changes, {}
-        clients = sorted(changes)
+        changes = self._changes
+        clients = sorted(changes.keys() - self._postponed.keys())
+        self._changes = {client_id: changes[client_id] for client_id in self._postponed if client_id in changes}
         return [
             CandidateMessage(client_id, added, _best_first(table))
             for added in (True, False)

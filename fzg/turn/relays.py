@@ -113,6 +113,11 @@ class RelaySet:
         if allocation is not None:
             allocation.bind(peer, now)
 
+    def is_binding(self, relay_id: str, peer: Endpoint) -> bool:
+        """Whether the relay has yet to confirm or refuse a channel to `peer`."""
+        allocation = self._allocations.get(relay_id)
+        return allocation is not None and allocation.is_binding(peer)
+
     def route(self, relay_id: str, peer: Endpoint, now: float, *, use: Use = Use.DATA) -> Route | None:
         """How to send to `peer` now. None: not possible, what was to be sent is lost, and a bind was started."""
         allocation = self._allocations.get(relay_id)
@@ -168,6 +173,17 @@ class RelaySet:
         for candidate in [] if relay is None else relay.relay_candidates():
             found[candidate.kind, candidate.address, candidate.base] = candidate
         return sorted(found.values(), key=_never_added_priority, reverse=True)
+
+    @property
+    def nat_maps_by_destination(self) -> bool:
+        """Whether relays see one socket of ours at different addresses, as behind a symmetric NAT (RFC 4787 4.1)."""
+        mapped: dict[Endpoint, Endpoint] = {}
+        return any(
+            mapped.setdefault(candidate.base, candidate.address) != candidate.address
+            for allocation in self._allocations.values()
+            for candidate in allocation.reflexive_candidates()
+            if candidate.kind is Kind.SRFLX
+        )
 
     @property
     def is_probing(self) -> bool:

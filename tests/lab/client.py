@@ -30,7 +30,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dns.flags
 import dns.message
@@ -53,6 +53,9 @@ from fzg.wire import Malformed, checksum, ip
 from fzg.wire.endpoint import Endpoint
 from fzg.wireguard.keys import KeyPair
 from tests.lab.control import ControlThread, announce_ready
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 SENTINEL = IPv4Address("100.100.111.1")
 PROXY4 = int(IPv4Address("100.96.0.0"))
@@ -123,6 +126,7 @@ class Client:
         self.intents: dict[str, float] = {}
         self.prohibited = 0
         self.sockets: list[udp.UdpSocket] = []
+        self.relays: dict[str, Relay] = {}
         start = now()
         self.node = Node(
             static=self.static, engine=self.engine, random=os.urandom, unix_offset=time.time() - start, now=start,
@@ -254,11 +258,11 @@ class Client:
                     known = self.access.setdefault(resource["id"], Access(resource))
                     known.resource = resource
                 self.configure_tun()
-                self.node.update_relays((), relays(payload["relays"]), moment)
+                self.update_relays((), relays(payload["relays"]), moment)
                 self.node.signalling.release()
                 self.ready.set()
             case "relays_presence":
-                self.node.update_relays(payload["disconnected_ids"], relays(payload["connected"]), moment)
+                self.update_relays(payload["disconnected_ids"], relays(payload["connected"]), moment)
             case "resource_created_or_updated":
                 self.access[payload["id"]] = Access(payload)
                 self.configure_tun()
@@ -289,6 +293,12 @@ class Client:
             case _:
                 pass
         self.drain()
+
+    def update_relays(self, removed: Sequence[str], listed: Sequence[Relay], moment: float) -> None:
+        for relay_id in removed:
+            self.relays.pop(relay_id, None)
+        self.relays |= {relay.id: relay for relay in listed}
+        self.node.update_relays(removed, listed, moment)
 
     def authorized(self, payload: dict[str, Any], moment: float) -> None:
         resource_id, gateway_id = payload["resource_id"], payload["gateway_id"]
@@ -522,7 +532,7 @@ class Client:
         while (transmit := self.node.poll_transmit()) is not None:
             self.engine.transmit(transmit)
         self.engine.flush()
-        for message in self.node.drain_candidates():
+        for message in self.node.drain_candidates(now()):
             event_name = "new_gateway_ice_candidates" if message.added else "invalidate_gateway_ice_candidates"
             self.send_portal(event_name, {"gateway_id": message.client_id, "candidates": list(message.candidates)})
         self.wake.set()
@@ -550,6 +560,7 @@ class Client:
             })  # fmt: skip
         return {
             "ready": self.ready.is_set() and self.node.relays.sample(now()) is not None,
+            "allocations": sum(bool(relay.relayed) for relay in self.node.relays.status()),
             "interface": self.interface,
             "links": links,
             "domains": {
@@ -571,6 +582,13 @@ class Client:
             self.lost(link)
         self.drain()
         return True
+
+    def op_renew(self) -> int:
+        """Give up the allocations and ask for new ones, so that no relay knows of a peer; how many relays there are."""
+        known = list(self.relays.values())
+        self.update_relays([relay.id for relay in known], known, now())
+        self.drain()
+        return len(known)
 
     def op_log(self) -> list[dict[str, Any]]:
         """Everything noted so far."""

@@ -468,7 +468,7 @@ class ClientParty(Party):
         while (transmit := self.node.poll_transmit()) is not None:
             self.engine.transmit(transmit)
         self.engine.flush()
-        for message in self.node.drain_candidates():
+        for message in self.node.drain_candidates(self.now):
             self.on_candidates(message.added, message.candidates)
 
     @property
