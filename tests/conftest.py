@@ -34,6 +34,7 @@ PACKAGES = {
     "setcap": "libcap2-bin",
     "objdump": "binutils",
     "ping": "iputils-ping",
+    "dnsmasq": "dnsmasq-base",
     "go": "golang-go",
 }
 
