@@ -12,8 +12,8 @@ ONLY ?=
 PYTEST := $(PY) -m pytest
 
 LAB_PACKAGES := ip=iproute2 nft=nftables turnserver=coturn iperf3=iperf3 curl=curl openssl=openssl setpriv=util-linux
-TEST_PACKAGES := $(LAB_PACKAGES) setcap=libcap2-bin ping=iputils-ping
-BINARY_PACKAGES := objdump=binutils
+BINARY_PACKAGES := objdump=binutils strip=binutils
+TEST_PACKAGES := $(LAB_PACKAGES) $(BINARY_PACKAGES) setcap=libcap2-bin ping=iputils-ping ss=iproute2 dnsmasq=dnsmasq-base
 
 .PHONY: help demo test test-all soak lint bench binary lock clean
 help: ## this list
@@ -24,16 +24,16 @@ demo: $(READY) ## the gateway at work in a laboratory of its own (GATEWAY=dist/f
 	@$(PY) -m tests.lab demo --gateway "$(GATEWAY)"
 
 test: $(READY) ## all tests that fit into a quarter of an hour
-	@packaging/require $(TEST_PACKAGES)
+	@packaging/require $(TEST_PACKAGES) $$($(PY) packaging/shared_python.py) || echo "going on without them: tests that need them say so" >&2
 	$(PYTEST) -m "not long"
 
 test-all: $(READY) ## all tests
-	@packaging/require $(TEST_PACKAGES)
+	@packaging/require $(TEST_PACKAGES) $$($(PY) packaging/shared_python.py) || echo "going on without them: tests that need them say so" >&2
 	$(PYTEST)
 
 lint: $(READY) ## ruff, mypy and the layers
-	$(VENV)/bin/ruff check fzg tests
-	$(VENV)/bin/ruff format --check fzg tests
+	$(VENV)/bin/ruff check fzg tests packaging
+	$(VENV)/bin/ruff format --check fzg tests packaging
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
@@ -42,9 +42,8 @@ bench: $(READY) ## figures as a table and as build/bench.json (ONLY=tcp1,connect
 	@$(PY) -m tests.bench $(if $(ONLY),--only $(ONLY))
 
 binary: $(READY) ## dist/firezone-gateway, one file
-	@packaging/require $(BINARY_PACKAGES)
-	PYTHONHASHSEED=0 SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct 2>/dev/null || echo 0) \
-		$(VENV)/bin/pyinstaller --noconfirm --log-level WARN --distpath dist --workpath build/pyinstaller firezone_gateway.spec
+	@library=$$($(PY) packaging/shared_python.py) && packaging/require $(BINARY_PACKAGES) $$library
+	packaging/freeze $(PY)
 	@ls -l dist/firezone-gateway
 
 lock: ## write requirements.lock anew from pyproject.toml

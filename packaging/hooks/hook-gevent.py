@@ -2,8 +2,19 @@
 
 from PyInstaller.utils.hooks import collect_submodules
 
-_OTHER_LOOPS = ("gevent.libuv", "gevent._ffi", "gevent.libev._corecffi", "gevent.libev.corecffi", "gevent.libev.watcher")
-_OTHER_RESOLVERS = ("gevent.resolver.ares", "gevent.resolver.cares", "gevent.resolver.dnspython", "gevent.resolver_ares")
+_OTHER_LOOPS = (
+    "gevent.libuv",
+    "gevent._ffi",
+    "gevent.libev._corecffi",
+    "gevent.libev.corecffi",
+    "gevent.libev.watcher",
+)
+_OTHER_RESOLVERS = (
+    "gevent.resolver.ares",
+    "gevent.resolver.cares",
+    "gevent.resolver.dnspython",
+    "gevent.resolver_ares",
+)
 _UNUSED = (*_OTHER_LOOPS, *_OTHER_RESOLVERS, "gevent.tests", "gevent.testing", "gevent.backdoor")
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
+import subprocess
+import sys
+
 import pytest
 from gateway_process import Gateway, portal_in
 
 from tests.lab.namespaces import Network
+from tests.lab.process import REPOSITORY
 
 
 @pytest.fixture(scope="module")
@@ -38,3 +43,24 @@ def start(namespace):
     yield gateway
     for one in started:
         one.stop()
+
+
+@pytest.fixture(scope="session")
+def frozen():
+    """dist/firezone-gateway, built anew when it is older than what it is made of."""
+    pytest.importorskip("PyInstaller", reason="missing pyinstaller (the extra `build`)")
+    file = REPOSITORY / "dist" / "firezone-gateway"
+    lock = REPOSITORY / "build" / "freeze.lock"
+    lock.parent.mkdir(exist_ok=True)
+    with lock.open("w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        if not file.exists() or file.stat().st_mtime < max(path.stat().st_mtime for path in ingredients()):
+            subprocess.run([REPOSITORY / "packaging" / "freeze", sys.executable], check=True)
+    return file
+
+
+def ingredients():
+    yield from (path for path in (REPOSITORY / "fzg").rglob("*") if path.suffix in {".py", ".pyx", ".so"})
+    yield from (path for path in (REPOSITORY / "packaging").rglob("*") if path.is_file())
+    yield REPOSITORY / "firezone_gateway.spec"
+    yield REPOSITORY / "requirements.lock"
