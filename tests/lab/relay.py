@@ -294,16 +294,20 @@ class Relay:
                 continue
             stride = _stride(ancillary) or size
             client = (source[0], source[1])
-            if 64 <= self._buffer[0] <= 79:
-                if not self._blackhole:
-                    self._relay_from_client(client, view[:size], stride)
+            # The first octet of each datagram of the train: the kernel joins whatever has the same size.
+            if all(64 <= octet <= 79 for octet in view[:size:stride]):
+                self._relay_from_client(client, view[:size], stride)
                 continue
             for offset in range(0, size, stride):
-                packet = bytes(view[offset : min(offset + stride, size)])
-                if packet[0] <= 3:
-                    self._on_stun(packet, client, sock)
+                packet = view[offset : min(offset + stride, size)]
+                if 64 <= packet[0] <= 79:
+                    self._relay_from_client(client, packet, len(packet))
+                elif packet[0] <= 3:
+                    self._on_stun(bytes(packet), client, sock)
 
     def _relay_from_client(self, client: Address, data: memoryview, stride: int) -> None:
+        if self._blackhole:
+            return
         allocation = self._allocations.get(client)
         if allocation is None:
             self.carried["dropped_without_allocation"] += 1
