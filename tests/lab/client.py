@@ -108,8 +108,6 @@ class Domain:
 class Client:
     def __init__(self, options: Any) -> None:
         self.options = options
-        self.static = KeyPair.generate(os.urandom)
-        self.engine = PureEngine()
         self.stop = Event()
         self.wake = Event()
         self.ready = Event()
@@ -127,6 +125,16 @@ class Client:
         self.prohibited = 0
         self.sockets: list[udp.UdpSocket] = []
         self.relays: dict[str, Relay] = {}
+        self.pumps: list[gevent.Greenlet] = []
+        self.device: tun.TunDevice | None = None
+        self.portal_socket: websocket.WebSocket | None = None
+        self.ask_again_when_prohibited = False
+        self.begin()
+
+    def begin(self) -> None:
+        """A new identity, unknown to everybody."""
+        self.static = KeyPair.generate(os.urandom)
+        self.engine = PureEngine()
         start = now()
         self.node = Node(
             static=self.static, engine=self.engine, random=os.urandom, unix_offset=time.time() - start, now=start,
@@ -163,7 +171,7 @@ class Client:
                 continue  # no IPv6 here
             self.sockets.append(opened)
             self.engine.attach_udp(family, opened.socket, port=opened.port)
-            gevent.spawn(self.pump, opened.socket.fileno(), self.engine.receive_udp, family)
+            self.pumps.append(gevent.spawn(self.pump, opened.socket.fileno(), self.engine.receive_udp, family))
 
     def open_tun(self) -> None:
         if self.options.tun_fd is not None:
@@ -171,10 +179,10 @@ class Client:
             os.set_blocking(fd, False)
             self.engine.attach_tun(fd)
         else:
-            self.device = tun.open_tun(name="tun-client")
+            self.device = self.device or tun.open_tun(name="tun-client")
             fd = self.device.descriptor
             self.engine.attach_tun(fd, offloads=self.device.offloads)
-        gevent.spawn(self.pump, fd, self.engine.receive_tun)
+        self.pumps.append(gevent.spawn(self.pump, fd, self.engine.receive_tun))
 
     def configure_tun(self) -> None:
         if self.options.tun_fd is not None:
@@ -218,6 +226,7 @@ class Client:
             suppress_origin=True, timeout=None, sslopt={"context": context} if context else None,
             sockopt=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
         )  # fmt: skip
+        self.portal_socket = socket_
         self.ref = 0
         self.outbox = Queue()
         socket_.send(json.dumps({"topic": "client", "event": "phx_join", "payload": None, "ref": self.next_ref()}))
@@ -281,7 +290,8 @@ class Client:
                         {"at": moment - link.intent_at, "added": True, "candidates": payload["candidates"]}
                     )
                 for text in payload["candidates"]:
-                    self.node.add_remote_candidate(payload["gateway_id"], text, moment)
+                    if not self.options.relay_only or " typ relay " in text:
+                        self.node.add_remote_candidate(payload["gateway_id"], text, moment)
             case "invalidate_ice_candidates":
                 link = self.links.get(payload["gateway_id"])
                 if link is not None:
@@ -360,6 +370,8 @@ class Client:
             link.first_reply_at = moment
         if is_prohibited(packet):
             self.prohibited += 1
+            if self.ask_again_when_prohibited:
+                self.forget_access(packet)
         self.engine.write_tun(packet)
         key = flow_key(packet)
         if key is not None:
@@ -422,6 +434,16 @@ class Client:
             elif access.resource["type"] == "internet":
                 best = best or (-1, resource_id)
         return best[1] if best is not None else None
+
+    def forget_access(self, error: bytes) -> None:
+        """An ICMP error quotes a packet of ours: the next one to that destination asks for access anew."""
+        quoted = error[(error[0] & 15) * 4 + 8 :] if error[0] >> 4 == 4 else error[48:]
+        destination = quoted[16:20] if quoted[0] >> 4 == 4 else quoted[24:40]
+        domain = self.by_proxy.get(destination)
+        resource_id = domain.resource_id if domain is not None else self.resource_for(destination)
+        if resource_id is not None:
+            access = self.access[resource_id]
+            access.gateway_id = access.requested_at = None
 
     def flush(self, link: GatewayLink) -> None:
         while link.buffered:
@@ -533,8 +555,9 @@ class Client:
             self.engine.transmit(transmit)
         self.engine.flush()
         for message in self.node.drain_candidates(now()):
+            candidates = [c for c in message.candidates if not self.options.relay_only or " typ relay " in c]
             event_name = "new_gateway_ice_candidates" if message.added else "invalidate_gateway_ice_candidates"
-            self.send_portal(event_name, {"gateway_id": message.client_id, "candidates": list(message.candidates)})
+            self.send_portal(event_name, {"gateway_id": message.client_id, "candidates": candidates})
         self.wake.set()
 
     def note(self, what: str, **fields: Any) -> None:
@@ -582,6 +605,31 @@ class Client:
             self.lost(link)
         self.drain()
         return True
+
+    def op_network_reset(self) -> bool:
+        """What a device does when its network changed: new key, new sockets, a new login (spec connectivity 8)."""
+        gevent.killall(self.pumps)
+        self.pumps.clear()
+        for opened in self.sockets:
+            opened.socket.close()
+        self.sockets.clear()
+        self.begin()
+        for link in list(self.links.values()):
+            self.lost(link)
+        for access in self.access.values():
+            access.requested_at = None
+        self.by_handle.clear()
+        self.relays.clear()
+        self.open_sockets()
+        self.open_tun()
+        if self.portal_socket is not None:
+            self.portal_socket.shutdown()
+        self.wake.set()
+        return True
+
+    def op_new_flow_on_prohibited(self, enabled: bool = True) -> None:
+        """Whether ICMP prohibited makes the next packet ask for access again."""
+        self.ask_again_when_prohibited = enabled
 
     def op_renew(self) -> int:
         """Give up the allocations and ask for new ones, so that no relay knows of a peer; how many relays there are."""
@@ -649,6 +697,7 @@ def main() -> None:
     parser.add_argument("--ca", help="PEM file of the portal's certificate authority")
     parser.add_argument("--control", help="path of the control socket")
     parser.add_argument("--tun-fd", type=int, help="descriptor with virtio framing instead of a TUN device")
+    parser.add_argument("--relay-only", action="store_true", help="offer and take relay candidates only")
     parser.add_argument("--ready-fd", type=int, help="descriptor for the readiness line")
     Client(parser.parse_args()).run()
     sys.stdout.flush()
