@@ -47,58 +47,6 @@ class FilterError(ValueError):
     """A directive of RUST_LOG that cannot be understood."""
 
 
-class Filter(logging.Filter):
-    """`target=level` directives; the longest matching `::` prefix wins, a bare level is the default."""
-
-    def __init__(self, directives: str) -> None:
-        super().__init__()
-        self._default = _LEVELS["error"]  # set but without a bare level: errors only
-        self._targets: dict[str, int] = {}
-        self._cache: dict[str, int] = {}
-        for raw in _SPAN.sub(_SPAN_MARK, directives).split(","):
-            self._add(raw.strip())
-
-    @property
-    def lowest(self) -> int:
-        """The most talkative level that any target asks for."""
-        return min([self._default, *self._targets.values()])
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Whether this record is wanted."""
-        return record.levelno >= self._threshold(record.name)
-
-    def _add(self, directive: str) -> None:
-        if not directive:
-            return
-        target, equals, level = (part.strip() for part in directive.partition("="))
-        if _SPAN_MARK in target:
-            return
-        if not equals:
-            if target.lower() in _LEVELS:
-                self._default = _LEVELS[target.lower()]
-                return
-            level = "trace"
-        if level.lower() not in _LEVELS:
-            raise FilterError(f"{directive!r} names no level; levels are off, error, warn, info, debug and trace")
-        if not target:
-            raise FilterError(f"{directive!r} names no target; write target=level or a level alone")
-        self._targets[target] = _LEVELS[level.lower()]
-
-    def _threshold(self, name: str) -> int:
-        known = self._cache.get(name)
-        if known is not None:
-            return known
-        prefix = _target(name)
-        threshold = self._default
-        while prefix:
-            if prefix in self._targets:
-                threshold = self._targets[prefix]
-                break
-            prefix = prefix.rpartition("::")[0]
-        self._cache[name] = threshold
-        return threshold
-
-
 class HumanFormatter(logging.Formatter):
     """`2026-08-20T10:11:12.345Z  INFO fzg::app: Message key=value`."""
 
@@ -134,14 +82,35 @@ def configure(*, json_lines: bool, directives: str | None, flow_logs: bool, stre
     if isinstance(stream, TextIOWrapper):  # one line each at once, whatever the locale and whatever reads it
         stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
     logging.raiseExceptions = False  # standard output may be closed or full; that must cost no more than the line
-    wanted = "info" if directives is None else directives
-    selected = Filter(",".join([_CEILINGS, wanted, "flow_logs=trace" if flow_logs else ""]))
     handler = logging.StreamHandler(stream)
-    handler.addFilter(selected)
     handler.setFormatter(JsonLineFormatter(json_ensure_ascii=False) if json_lines else HumanFormatter())
+    wanted = "info" if directives is None else directives
+    default, targets = parse_filter(",".join([_CEILINGS, wanted, "flow_logs=trace" if flow_logs else ""]))
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(selected.lowest)
+    root.setLevel(default)
+    for target, level in targets.items():  # loggers inherit from the nearest named one, as targets do
+        logging.getLogger(target.replace("::", ".")).setLevel(level)
+
+
+def parse_filter(directives: str) -> tuple[int, dict[str, int]]:
+    """The level for everything and those for targets; without a bare level only errors. Raises `FilterError`."""
+    default = _LEVELS["error"]
+    targets: dict[str, int] = {}
+    for directive in _SPAN.sub(_SPAN_MARK, directives).split(","):
+        target, equals, word = (part.strip() for part in directive.partition("="))
+        level = _LEVELS.get(word.lower() if equals else target.lower())
+        if (not target and not equals) or _SPAN_MARK in target:
+            continue
+        if equals and level is None:
+            raise FilterError(f"{directive!r} names no level; levels are off, error, warn, info, debug and trace")
+        if not target:
+            raise FilterError(f"{directive!r} names no target; write target=level or a level alone")
+        if equals or level is None:
+            targets[target] = TRACE if level is None else level
+        else:
+            default = level
+    return default, targets
 
 
 def announce() -> None:

@@ -78,7 +78,10 @@ def run(monkeypatch, capsys):
         return Outcome(ended.value.code, seen[-1] if seen else None, *capsys.readouterr())
 
     yield main
-    root.handlers[:], root.level = handlers, level
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    for name in ("pyroute2", "asyncio", "geventwebsocket", "websocket", "dns", "fzg"):
+        logging.getLogger(name).setLevel(logging.NOTSET)
     logging.raiseExceptions = True
 
 

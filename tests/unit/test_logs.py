@@ -23,6 +23,7 @@ def configured():
     """Configures logging to memory; returns a function that gives the lines so far."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
+    levels = {name: logging.getLogger(name).level for name in root.manager.loggerDict}
 
     def configure(directives=None, *, json_lines=False, flow_logs=False):
         stream = io.StringIO()
@@ -30,7 +31,10 @@ def configured():
         return lambda: stream.getvalue().splitlines()
 
     yield configure
-    root.handlers[:], root.level = handlers, level
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    for name in root.manager.loggerDict:
+        logging.getLogger(name).setLevel(levels.get(name, logging.NOTSET))
     logging.raiseExceptions = True
 
 
@@ -126,6 +130,8 @@ def test_a_failure_has_its_traceback_behind_the_line(configured):
     ],
 )
 def test_the_most_specific_directive_decides(configured, directives, expected):
+    for name in list(logging.getLogger().manager.loggerDict):
+        logging.getLogger(name).setLevel(logging.NOTSET)
     lines = configured(directives)
     for name, lowest in expected.items():
         before = len(lines())
