@@ -223,6 +223,8 @@ def _run(options: Mapping[str, Any], environment: Mapping[str, str]) -> int:
     if not options["no_check"] and options["tun_fd"] is None and not capabilities.has_net_admin():
         click.echo(capabilities.privilege_remedy(_executable(), os.getuid()), err=True)
         return EXIT_FAILURE
+    from fzg.app import App, FatalError  # before logging: pyroute2 resets its logger's level when it is imported
+
     try:
         logs.configure(
             json_lines=options["log_format"] == LogFormat.JSON,
@@ -236,8 +238,6 @@ def _run(options: Mapping[str, Any], environment: Mapping[str, str]) -> int:
     _LOG.debug("Options", extra={name: _shown(name, value) for name, value in options.items() if value is not None})
     if options["token"]:
         hide_argument(options["token"])
-    from fzg.app import App, FatalError
-
     try:
         settings = _settings(options, environment)
         return App(settings).run()
