@@ -365,6 +365,12 @@ class Node:
         if self._role is Role.CONTROLLED and self.relays.nat_maps_by_destination:
             self.signalling.postpone(client_id, now + RELAY_PATH_WAIT)
         _LOG.info("Connection created cid=%s index=%06x relay=%s", client_id, index, relay_id)
+        _LOG.debug(
+            "Candidates offered cid=%s reported=%d offered=%d",
+            client_id,
+            self.relays.reported_count(relay_id),
+            len(agent.local_candidates()),
+        )
         self._settle(connection, now)
 
     def _reuse(self, connection: Connection, now: float) -> None:

@@ -174,6 +174,12 @@ class RelaySet:
             found[candidate.kind, candidate.address, candidate.base] = candidate
         return sorted(found.values(), key=_never_added_priority, reverse=True)
 
+    def reported_count(self, selected: str) -> int:
+        """How many candidates the relays reported for a connection, before each is taken once."""
+        relay = self._allocations.get(selected)
+        reflexive = sum(len(allocation.reflexive_candidates()) for allocation in self._allocations.values())
+        return reflexive + (0 if relay is None else len(relay.relay_candidates()))
+
     @property
     def nat_maps_by_destination(self) -> bool:
         """Whether relays see one socket of ours at different addresses, as behind a symmetric NAT (RFC 4787 4.1)."""

@@ -224,14 +224,26 @@ def up(scenario, gateway, no_gateway, no_clients, iperf3, directory):
 @main.command()
 @click.option("--gateway", default="", help="Command of the gateway (default: python -m fzg).")
 def demo(gateway):
-    """Show the gateway at work: a direct path, a relayed one, and the portal gone."""
+    """Show the gateway at work: direct and relayed paths, a filter, a revocation."""
+    from rich.console import Console
+
+    from tests.lab import demo_loopback
     from tests.lab.demo import show
+    from tests.lab.namespaces import can_make_namespaces, can_use_user_namespace, user_namespace_command
     from tests.lab.scenario import available
 
+    console = Console(highlight=False)
+    if not can_make_namespaces() and can_use_user_namespace():
+        command = user_namespace_command(sys.executable, "-m", "tests.lab", *sys.argv[1:])
+        os.execvp(command[0], command)
     reason = available()
-    if reason is not None:
-        raise click.ClickException(f"the demonstration {reason}")
-    show(gateway)
+    try:
+        if reason is None:
+            show(console, gateway)
+        else:
+            demo_loopback.show(console, gateway, reason)
+    except (demo_loopback.DemoError, TimeoutError) as error:
+        raise click.ClickException(str(error)) from error
 
 
 @main.command()

@@ -322,6 +322,14 @@ def can_make_namespaces() -> bool:
     return os.geteuid() == 0 and not subprocess.run(["unshare", "--net", "true"], check=False).returncode
 
 
+def can_use_user_namespace() -> bool:
+    """Whether an ordinary user may build a lab in a user namespace: the kernel lets it, and the TUN node is open."""
+    if os.geteuid() == 0 or not os.access("/dev/net/tun", os.R_OK | os.W_OK):
+        return False
+    attempt = ["unshare", "--user", "--map-root-user", "--mount", "--net", "true"]
+    return not subprocess.run(attempt, check=False, capture_output=True).returncode
+
+
 def user_namespace_command(*command: str | Path) -> list[str]:
     """The command, run as root of a fresh user namespace with a `/run` of its own: an ordinary user may build networks.
 

@@ -34,6 +34,13 @@ class Cost(NamedTuple):
         return self.user + self.system
 
 
+def cost_of(pid: int) -> Cost:
+    """What a process has used, its ended children included."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    user, system, child_user, child_system = (int(fields[i]) / _TICKS for i in (11, 12, 13, 14))
+    return Cost(user + child_user, system + child_system, int(fields[21]) * _PAGE / 2**20)
+
+
 def wait_until(condition: Callable[[], Any], *, timeout: float, what: str) -> Any:
     """Poll until `condition` is true and return its value; TimeoutError says `what` did not happen."""
     deadline = time.monotonic() + timeout
@@ -174,9 +181,7 @@ class Process:
 
     def cost(self) -> Cost:
         """What it has used, its ended children included."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        user, system, child_user, child_system = (int(fields[i]) / _TICKS for i in (11, 12, 13, 14))
-        return Cost(user + child_user, system + child_system, int(fields[21]) * _PAGE / 2**20)
+        return cost_of(self.pid)
 
     @property
     def state(self) -> str:
