@@ -172,7 +172,10 @@ class App:
     def _open_tun(self) -> None:
         if self._settings.tun_fd is not None:
             self._tun_fd = self._settings.tun_fd
-            os.set_blocking(self._tun_fd, False)
+            try:
+                os.set_blocking(self._tun_fd, False)
+            except OSError as error:
+                raise FatalError(f"--tun-fd {self._tun_fd} is no open descriptor") from error
             self._engine.attach_tun(self._tun_fd, offloads=self._settings.offloads.tun)
             return
         try:
