@@ -220,6 +220,8 @@ def _close_output() -> None:
 def _run(options: Mapping[str, Any], environment: Mapping[str, str]) -> int:
     from fzg.host import capabilities
 
+    if options["token"]:
+        hide_argument(options["token"])
     if not options["no_check"] and options["tun_fd"] is None and not capabilities.has_net_admin():
         click.echo(capabilities.privilege_remedy(_executable(), os.getuid()), err=True)
         return EXIT_FAILURE
@@ -236,8 +238,6 @@ def _run(options: Mapping[str, Any], environment: Mapping[str, str]) -> int:
         return EXIT_FAILURE
     logs.announce()
     _LOG.debug("Options", extra={name: _shown(name, value) for name, value in options.items() if value is not None})
-    if options["token"]:
-        hide_argument(options["token"])
     try:
         settings = _settings(options, environment)
         return App(settings).run()
