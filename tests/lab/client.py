@@ -270,6 +270,9 @@ class Client:
                 self.update_relays((), relays(payload["relays"]), moment)
                 self.node.signalling.release()
                 self.ready.set()
+                for resource_id in self.pending:  # asked for while nobody listened
+                    if resource_id in self.access:
+                        self.request(self.access[resource_id], resource_id, moment)
             case "relays_presence":
                 self.update_relays(payload["disconnected_ids"], relays(payload["connected"]), moment)
             case "resource_created_or_updated":
@@ -419,9 +422,12 @@ class Client:
     def ask(self, access: Access, resource_id: str, packet: bytes, moment: float) -> None:
         self.pending.setdefault(resource_id, deque(maxlen=BUFFERED_PACKETS)).append(packet)
         if access.requested_at is None or moment > access.requested_at + 5.0:
-            access.requested_at = moment
-            connected = [link.gateway_id for link in self.links.values()]
-            self.send_portal("request_authorization", {"resource_id": resource_id, "connected_gateway_ids": connected})
+            self.request(access, resource_id, moment)
+
+    def request(self, access: Access, resource_id: str, moment: float) -> None:
+        access.requested_at = moment
+        connected = [link.gateway_id for link in self.links.values()]
+        self.send_portal("request_authorization", {"resource_id": resource_id, "connected_gateway_ids": connected})
 
     def resource_for(self, destination: bytes) -> str | None:
         address = ip_address(destination)

@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.table import Table
 
 from tests.lab.demo_loopback import DemoError
@@ -174,14 +175,16 @@ class _Tour:
 
 
 def _table(rows: list[Row]) -> Table:
-    table = Table(title="What was seen")
-    numbers = ("connect\nms", "round trip\nms", "download\nMbit/s")
-    table.add_column("path")
-    for heading in numbers:
-        table.add_column(heading, justify="right")
+    caption = (
+        "messages: candidate messages for the connection; reported: candidates from the relays; sent: after each once"
+    )
+    table = Table(title="What was seen", caption=caption, box=box.SIMPLE_HEAD)
+    table.add_column("path", no_wrap=True)
+    for heading in ("connect ms", "trip ms", "Mbit/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("SHA-256")
-    for heading in ("candidate\nmessages", "candidates\nfrom relays", "candidates\nsent"):
-        table.add_column(heading, justify="right")
+    for heading in ("messages", "reported", "sent"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row.path,
