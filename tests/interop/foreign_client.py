@@ -145,6 +145,7 @@ class IceClient:
                 event, payload = await self._events.get()
                 if event == wanted:
                     return payload
+                assert event != "authorization_creation_failed", payload
 
     def say(self, event: str, payload: Any) -> None:
         """A message to the portal."""

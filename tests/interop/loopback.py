@@ -189,7 +189,7 @@ class World:
         return self.gateway.tun
 
     def start_gateway(self, name: str = "interop") -> GatewayProcess:
-        """A gateway that has an allocation at its relay."""
+        """A gateway that has an allocation at its relay. It dies with the calling thread."""
         gateway = GatewayProcess(self.portal.url, self.directory, name=name)
         self._stack.callback(gateway.close)
         asyncio.run(gateway.logs("allocation active"))

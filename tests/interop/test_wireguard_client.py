@@ -388,9 +388,9 @@ def test_the_gateway_says_goodbye_to_all_when_it_ends(world: World) -> None:
             assert [await one.receive_any(), await other.receive_any()] == [GOODBYE] * 2
             assert await asyncio.to_thread(world.gateway.close) == 0
             assert loop.time() - begin < 1.5
-        world.gateway = await asyncio.to_thread(world.start_gateway)
 
     asyncio.run(scenario())
+    world.gateway = world.start_gateway()
 
 
 def test_a_client_that_moved_without_a_word_is_followed(world: World) -> None:
