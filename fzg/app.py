@@ -18,6 +18,8 @@ from fzg.dataplane.engine import Datagram, FlowReport, InnerPacket, OutboundPack
 from fzg.dataplane.pure import PureEngine
 from fzg.gateway import ConfigureHost, Gateway, Resolve, SendToPortal
 from fzg.host import clock, trust, tun, udp
+from fzg.host.dns_server import DnsServer
+from fzg.host.nameservers import Nameservers, Upstream
 from fzg.host.network import HostError, HostNetwork, MasqueradeMode
 from fzg.host.resolver import Resolver
 from fzg.node.node import Node
@@ -118,6 +120,9 @@ class App:
         self._resolver = Resolver()
         if self._resolver.problem:
             _LOG.warning(self._resolver.problem)
+        upstream = Upstream(mark=self._mark)
+        self._nameservers = Nameservers(lambda: self._resolver.nameservers, upstream=upstream, clock=clock.now)
+        self._dns_server = DnsServer(self._nameservers, upstream=upstream)
         self._health = Health(settings.health_address, self)
         self._health.start()
         _LOG.info(trusted.description)
@@ -141,6 +146,8 @@ class App:
         self._essential("tun", self._run_pump, self._tun_fd, self._receive_tun)
         self._essential("portal", self._portal.run)
         gevent.spawn(self._run_repair)
+        if self._network is not None:
+            self._nameservers.start()
 
     def _open_sockets(self) -> None:
         settings = self._settings
@@ -337,10 +344,12 @@ class App:
             return
         try:
             configured = self._host_thread.apply(self._network.configure, (wanted.ipv4, wanted.ipv6))
+            self._say(configured)
+            served = ((wanted.ipv4, configured.ipv4), (wanted.ipv6, configured.ipv6))
+            self._dns_server.bind([address for address, works in served if works])
         except HostError as error:
             self._fail(FatalError(str(error)))
             return
-        self._say(configured)
         self._tun_configured = True
 
     def _run_repair(self) -> None:
@@ -373,6 +382,8 @@ class App:
             self._engine.transmit(transmit)
         self._engine.flush()
         self._health.stop()
+        self._nameservers.stop()
+        self._dns_server.close()
         self._restore_host()
         _LOG.info("Goodbye")
 
