@@ -178,11 +178,11 @@ def _table(rows: list[Row]) -> Table:
     caption = (
         "messages: candidate messages for the connection; reported: candidates from the relays; sent: after each once"
     )
-    table = Table(title="What was seen", caption=caption, box=box.SIMPLE_HEAD)
+    table = Table(title="What was seen", caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("path", no_wrap=True)
     for heading in ("connect ms", "trip ms", "Mbit/s"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("SHA-256")
+    table.add_column("SHA-256", no_wrap=True)
     for heading in ("messages", "reported", "sent"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
