@@ -17,17 +17,21 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from ipaddress import IPv4Interface, IPv6Interface
+from ipaddress import IPv4Interface, IPv4Network, IPv6Interface, IPv6Network
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from tests.lab.process import lab_environment
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
 
 NETNS = Path("/run/netns")
 _PREFIX = "fzlab-"
 _CORE_NUMBER = 254
 _QUEUE = "100000"  # transmit queue of every interface (spec operations.md 5.1)
 _serial = itertools.count(1)
+BOTH = (4, 6)
 
 
 class Nat(StrEnum):
@@ -39,6 +43,10 @@ class Nat(StrEnum):
     """Port-preserving source NAT that only lets answers in: hole punching works."""
     SYMMETRIC = "symmetric"
     """A random source port for each flow: hole punching fails."""
+    DOUBLE = "double"
+    """Two port-preserving ones in a row, as where a provider has one of its own."""
+    MOBILE = "mobile"
+    """Symmetric for IPv4; public IPv6 addresses behind a firewall that only lets answers in."""
 
 
 class Namespace:
@@ -148,6 +156,19 @@ class Attachment:
     router: Namespace | None
     public_ipv4: str
     public_ipv6: str
+    families: Collection[int] = BOTH
+    """The IP versions it has; the addresses of another one are not in use."""
+
+
+@dataclass(frozen=True)
+class _Lan:
+    """The network between a party and its router, which others may join."""
+
+    router: Namespace
+    nat: Nat
+    private: int
+    ipv6_addresses: Iterator[str]
+    """Public ones to give away behind a `Nat.MOBILE`."""
 
 
 class Network:
@@ -162,6 +183,7 @@ class Network:
         self.namespaces: dict[str, Namespace] = {}
         self._interfaces = itertools.count(1)
         self._ports: dict[str, str] = {}
+        self._lans: dict[str, _Lan] = {}
         atexit.register(self.close)
         try:
             self.internet = self.namespace("internet")
@@ -193,45 +215,100 @@ class Network:
         )
         other.ip(f"link set {other_name} txqueuelen {_QUEUE} up")
 
-    def attach_public(self, namespace: Namespace, number: int, *, interface: str = "internet") -> None:
+    def attach_public(
+        self, namespace: Namespace, number: int, *, interface: str = "internet", families: Collection[int] = BOTH
+    ) -> None:
         """Put a namespace on the internet as 203.0.113.`number` and 203:0:113::`number`."""
         port = f"port{next(self._interfaces)}"
         self.link(namespace, interface, self.internet, port)
         self.internet.ip(f"link set {port} master br0")
         self._ports[namespace.name] = port
-        ipv4, ipv6 = public_addresses(number)
-        core4, core6 = public_addresses(_CORE_NUMBER)
-        namespace.ip(
-            f"address add {ipv4}/24 dev {interface}",
-            f"address add {ipv6}/64 dev {interface} nodad",
-            f"route add default via {core4}",
-            f"route add default via {core6}",
-        )
+        own, core = public_addresses(number), public_addresses(_CORE_NUMBER)
+        for family, prefix, ipv4_or_6, gate in zip((4, 6), (24, 64), own, core, strict=True):
+            if family in families:
+                nodad = " nodad" if family == 6 else ""
+                namespace.ip(
+                    f"address add {ipv4_or_6}/{prefix} dev {interface}{nodad}", f"route add default via {gate}"
+                )
 
-    def party(self, role: str, nat: Nat, *, public: int, private: int) -> Attachment:
+    def party(self, role: str, nat: Nat, *, public: int, private: int, families: Collection[int] = BOTH) -> Attachment:
         """A host behind a router of this kind; its private network is 172.`private`.0.0/24 and 172:`private`:0::/64."""
-        host = self.namespace(role)
         ipv4, ipv6 = public_addresses(public)
         if nat is Nat.NONE:
-            self.attach_public(host, public, interface="eth0")
-            return Attachment(host, ipv4, ipv6, None, ipv4, ipv6)
+            host = self.namespace(role)
+            self.attach_public(host, public, interface="eth0", families=families)
+            return Attachment(host, ipv4, ipv6, None, ipv4, ipv6, families)
         router = self.namespace(f"{role}_router")
-        inside = IPv4Interface(f"172.{private}.0.100/24"), IPv6Interface(f"172:{private}:0::100/64")
-        self.link(host, "eth0", router, "internal")
-        host.ip(
-            f"address add {inside[0]} dev eth0",
-            f"address add {inside[1]} dev eth0 nodad",
-            f"route add default via 172.{private}.0.254",
-            f"route add default via 172:{private}:0::254",
-        )
         self.attach_public(router, public)
-        router.ip(
-            f"address add 172.{private}.0.254/24 dev internal",
-            f"address add 172:{private}:0::254/64 dev internal nodad",
+        network = _private_network(172, private)
+        lan_router = router
+        if nat is Nat.DOUBLE:
+            lan_router = self.namespace(f"{role}_inner_router")
+            outer = _private_network(192, private)
+            self.link(lan_router, "internet", router, "internal")
+            router.ip(*_addresses(outer.router, "internal"))
+            lan_router.ip(*_addresses(outer.host(100), "internet"), *_default_routes(outer.router))
+            _route(lan_router, Nat.CONE, network)
+            _route(router, Nat.CONE, outer)
+        else:
+            _route(router, nat, network)
+        # A bridge, so that others can join.
+        lan_router.ip(
+            "link add internal type bridge forward_delay 0 mcast_snooping 0",
+            "link set internal up",
+            *_addresses(network.router, "internal"),
         )
-        router.sysctl(ipv4__ip_forward=1, ipv6__conf__all__forwarding=1)
-        router.nft(_router_rules(nat, str(inside[0].network), str(inside[1].network)))
-        return Attachment(host, str(inside[0].ip), str(inside[1].ip), router, ipv4, ipv6)
+        public_ipv6 = (public_addresses(public + offset)[1] for offset in itertools.count(1000, 100))
+        lan = _Lan(lan_router, nat, private, public_ipv6)
+        host = self._join(role, lan, number=100, families=families)
+        return self._attachment(host, lan, 100, router, (ipv4, ipv6), families)
+
+    def neighbour(self, role: str, of: Attachment, *, public: int, families: Collection[int] = BOTH) -> Attachment:
+        """A host on the same local network as another party; `public` is its number where that is the internet."""
+        lan = self._lans.get(of.namespace.name)
+        if lan is None:
+            return self.party(role, Nat.NONE, public=public, private=0, families=families)
+        number = 101
+        host = self._join(role, lan, number=number, families=families)
+        return self._attachment(host, lan, number, of.router, (of.public_ipv4, of.public_ipv6), families)
+
+    def _join(self, role: str, lan: _Lan, *, number: int, families: Collection[int]) -> Namespace:
+        host = self.namespace(role)
+        port = f"lan{number}"
+        self.link(host, "eth0", lan.router, port)
+        lan.router.ip(f"link set {port} master internal")
+        network = _private_network(172, lan.private)
+        ipv4, ipv6 = network.host(number)
+        if 4 in families:
+            host.ip(f"address add {ipv4} dev eth0", f"route add default via {network.router[0].ip}")
+        if 6 in families and lan.nat is not Nat.MOBILE:
+            host.ip(f"address add {ipv6} dev eth0 nodad", f"route add default via {network.router[1].ip}")
+        self._lans[host.name] = lan
+        return host
+
+    def _attachment(
+        self,
+        host: Namespace,
+        lan: _Lan,
+        number: int,
+        router: Namespace | None,
+        public: tuple[str, str],
+        families: Collection[int],
+    ) -> Attachment:
+        ipv4, ipv6 = (str(interface.ip) for interface in _private_network(172, lan.private).host(number))
+        if lan.nat is not Nat.MOBILE:
+            return Attachment(host, ipv4, ipv6, router, *public, families)
+        # A public address needs no prefix of its own: the router answers for it.
+        ipv6 = next(lan.ipv6_addresses)
+        gate = _private_network(172, lan.private).router[1].ip
+        lan.router.ip(f"route add {ipv6}/128 dev internal", f"neighbour add proxy {ipv6} dev internet")
+        if 6 in families:
+            host.ip(
+                f"address add {ipv6}/128 dev eth0 nodad",
+                f"route add {gate}/128 dev eth0",
+                f"route add default via {gate}",
+            )
+        return Attachment(host, ipv4, ipv6, router, public[0], ipv6, families)
 
     def block(self, one: Attachment, other: Attachment, *, blocked: bool = True) -> None:
         """Drop all packets between two parties at the router of `one`, or stop doing so."""
@@ -340,10 +417,53 @@ def user_namespace_command(*command: str | Path) -> list[str]:
     return [*unshare, "sh", "-ec", script, "sh", *map(str, command)]
 
 
-def _router_rules(nat: Nat, network4: str, network6: str) -> str:
+class _Subnet(NamedTuple):
+    """A private network of both families."""
+
+    ipv4: IPv4Network
+    ipv6: IPv6Network
+
+    def host(self, number: int) -> tuple[IPv4Interface, IPv6Interface]:
+        """The addresses of a host, whose number is written decimally in both families."""
+        return (
+            IPv4Interface(f"{self.ipv4.network_address + number}/{self.ipv4.prefixlen}"),
+            IPv6Interface(f"{self.ipv6.network_address}{number}/{self.ipv6.prefixlen}"),
+        )
+
+    @property
+    def router(self) -> tuple[IPv4Interface, IPv6Interface]:
+        """The addresses of its router."""
+        return self.host(254)
+
+
+def _private_network(first: int, second: int) -> _Subnet:
+    third = 168 if first == 192 else second
+    ipv4 = f"192.168.{second}.0/24" if first == 192 else f"{first}.{second}.0.0/24"
+    ipv6 = f"{first}:{third}:{second}::/64" if first == 192 else f"{first}:{second}::/64"
+    return _Subnet(IPv4Network(ipv4), IPv6Network(ipv6))
+
+
+def _addresses(pair: tuple[IPv4Interface, IPv6Interface], interface: str) -> tuple[str, str]:
+    return f"address add {pair[0]} dev {interface}", f"address add {pair[1]} dev {interface} nodad"
+
+
+def _default_routes(gate: tuple[IPv4Interface, IPv6Interface]) -> tuple[str, str]:
+    return f"route add default via {gate[0].ip}", f"route add default via {gate[1].ip}"
+
+
+def _route(router: Namespace, nat: Nat, network: _Subnet) -> None:
+    """Make a router of a namespace whose interface `internet` leads out."""
+    router.sysctl(ipv4__ip_forward=1, ipv6__conf__all__forwarding=1)
+    if nat is Nat.MOBILE:
+        router.sysctl(ipv6__conf__internet__proxy_ndp=1, ipv6__neigh__internet__proxy_delay=0)
+    router.nft(_router_rules(nat, network))
+
+
+def _router_rules(nat: Nat, network: _Subnet) -> str:
     # The input filter matters: without it an unsolicited packet is confirmed in conntrack and occupies the port that a
     # later outbound packet would get, so that hole punching never succeeds.
-    flag = " random" if nat is Nat.SYMMETRIC else ""
+    flag = " random" if nat in {Nat.SYMMETRIC, Nat.MOBILE} else ""
+    masquerade6 = "" if nat is Nat.MOBILE else f'oifname "internet" ip6 saddr {network.ipv6} masquerade{flag}'
     return f"""
 table inet router {{
     chain input {{
@@ -358,8 +478,8 @@ table inet router {{
     }}
     chain postrouting {{
         type nat hook postrouting priority srcnat; policy accept;
-        oifname "internet" ip saddr {network4} masquerade{flag}
-        oifname "internet" ip6 saddr {network6} masquerade{flag}
+        oifname "internet" ip saddr {network.ipv4} masquerade{flag}
+        {masquerade6}
     }}
 }}
 """

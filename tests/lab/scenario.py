@@ -28,7 +28,7 @@ from tests.lab.relay_client import RelayProcess
 
 if TYPE_CHECKING:
     import subprocess
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
 PORTAL_PORT = 8081
 PORTAL_NAME = "portal.test"
@@ -55,7 +55,13 @@ class Scenario:
     relays: Sequence[str] = ("relay", "relay")
     clients: int = 1
     tls: bool = False
+    gateway_families: Collection[int] = (4, 6)
+    client_families: Collection[int] = (4, 6)
+    """The IP versions of their way to the internet."""
+    same_lan: bool = False
+    """The clients are on the gateway's local network, whatever `client_nat` says."""
     gateway_ipv6: bool = True
+    """Whether the gateway's kernel has IPv6 at all."""
     blocked: bool = False
     """Packets between client and gateway are dropped, so that only relays connect them."""
     resources: Sequence[str] = RESOURCES
@@ -212,9 +218,7 @@ class Lab:
     @property
     def portal_url(self) -> str:
         """What devices get as the portal's URL."""
-        if self.scenario.tls:
-            return f"wss://{PORTAL_NAME}:{PORTAL_PORT}"
-        return f"ws://{self.places['portal'].public_ipv4}:{PORTAL_PORT}"
+        return self._portal_url_at("gateway")
 
     def __enter__(self) -> Self:
         self.up()
@@ -262,11 +266,16 @@ class Lab:
         for index, number in enumerate(_RELAY_NUMBERS[: len(scenario.relays)]):
             self.places[f"relay{index + 1}"] = party(f"relay{index + 1}", Nat.NONE, public=number, private=29)
         number = _GATEWAY_NUMBER
-        gateway = party("gateway", scenario.gateway_nat, public=number, private=number)
+        families = scenario.gateway_families
+        gateway = party("gateway", scenario.gateway_nat, public=number, private=number, families=families)
         self.places["gateway"] = gateway
         for index, number in enumerate(_CLIENT_NUMBERS[: scenario.clients]):
-            place = party(f"client{index + 1}", scenario.client_nat, public=number, private=number)
-            self.places[f"client{index + 1}"] = place
+            name, families = f"client{index + 1}", scenario.client_families
+            if scenario.same_lan:
+                place = self.network.neighbour(name, gateway, public=number, families=families)
+            else:
+                place = party(name, scenario.client_nat, public=number, private=number, families=families)
+            self.places[name] = place
             self._set_up_files(place.namespace, SENTINEL)
             if scenario.blocked:
                 self.network.block(place, gateway)
@@ -288,7 +297,8 @@ class Lab:
     def _set_up_files(self, namespace: Namespace, name_server: str) -> None:
         namespace.file("/etc/resolv.conf", f"nameserver {name_server}\noptions timeout:2 attempts:3\n")
         portal = self.places["portal"]
-        hosts = f"127.0.0.1 localhost\n::1 localhost\n{portal.public_ipv4} {PORTAL_NAME}\n"
+        hosts = "127.0.0.1 localhost\n::1 localhost\n"
+        hosts += f"{portal.public_ipv4} {PORTAL_NAME}\n{portal.public_ipv6} {PORTAL_NAME}\n"
         namespace.file("/etc/hosts", hosts)
 
     # --- the parties ---
@@ -347,7 +357,7 @@ class Lab:
         scenario = self.scenario
         place = self.places["gateway"]
         environment = {
-            "FIREZONE_API_URL": self.portal_url,
+            "FIREZONE_API_URL": self._portal_url_at("gateway"),
             "FIREZONE_TOKEN": TOKEN,
             "FIREZONE_NAME": "lab-gateway",
             "RUST_LOG": "debug",
@@ -376,7 +386,7 @@ class Lab:
         control = self.directory / f"{name}.sock"
         arguments: list[str | Path] = [
             "--portal-url",
-            self.portal_url,
+            self._portal_url_at(name),
             "--token",
             TOKEN,
             "--external-id",
@@ -404,6 +414,14 @@ class Lab:
             if relay.process.running:
                 done = lambda relay=relay: relay.allocations_of(salt) > 0
                 self._wait(process, done, f"the gateway allocates on {relay.name}", timeout=timeout)
+
+    def _portal_url_at(self, name: str) -> str:
+        """The portal as a party can reach it."""
+        if self.scenario.tls:
+            return f"wss://{PORTAL_NAME}:{PORTAL_PORT}"
+        portal = self.places["portal"]
+        host = portal.public_ipv4 if 4 in self.places[name].families else f"[{portal.public_ipv6}]"
+        return f"ws://{host}:{PORTAL_PORT}"
 
     def _gateway_state(self) -> dict[str, Any] | None:
         gateways: dict[str, dict[str, Any]] = self.portal.state()["gateways"]
