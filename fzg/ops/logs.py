@@ -18,10 +18,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 TRACE = 5  # below DEBUG, as the filter grammar has it
-logging.addLevelName(TRACE, "TRACE")
-logging.addLevelName(logging.WARNING, "WARN")
-logging.addLevelName(logging.CRITICAL, "ERROR")
-
+_NAMES = {
+    TRACE: "TRACE",
+    logging.DEBUG: "DEBUG",
+    logging.INFO: "INFO",
+    logging.WARNING: "WARN",
+    logging.ERROR: "ERROR",
+    logging.CRITICAL: "ERROR",
+}
 _LEVELS = {
     "off": logging.CRITICAL + 10,
     "error": logging.ERROR,
@@ -55,7 +59,7 @@ class HumanFormatter(logging.Formatter):
         moment = datetime.fromtimestamp(record.created, UTC)
         stamp = f"{moment:%Y-%m-%dT%H:%M:%S}.{moment.microsecond // 1000:03d}Z"
         fields = "".join(f" {key}={_plain(value)}" for key, value in _fields(record).items())
-        line = f"{stamp} {record.levelname:>5} {_target(record.name)}: {record.getMessage()}{fields}"
+        line = f"{stamp} {_level(record):>5} {_target(record.name)}: {record.getMessage()}{fields}"
         line = line.translate(_CONTROL)
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
@@ -67,7 +71,7 @@ class JsonLineFormatter(JsonFormatter):
         """Ours instead of the library's set of names."""
         moment = datetime.fromtimestamp(record.created, UTC)
         log_data["timestamp"] = moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
-        log_data["level"] = record.levelname
+        log_data["level"] = _level(record)
         log_data["target"] = _target(record.name)
         log_data["message"] = record.getMessage()
         log_data.update(message_dict)
@@ -136,6 +140,10 @@ def chain(error: BaseException) -> str:
             parts.append(text)
         cause = cause.__cause__
     return ": ".join(parts)
+
+
+def _level(record: logging.LogRecord) -> str:
+    return _NAMES.get(record.levelno, record.levelname)
 
 
 def _target(name: str) -> str:
