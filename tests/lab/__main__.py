@@ -216,6 +216,8 @@ def up(scenario, gateway, no_gateway, no_clients, iperf3, directory):
     changes = {"start_gateway": not no_gateway, "start_clients": not no_clients, "iperf3": iperf3}
     if gateway:
         changes["gateway_command"] = shlex.split(gateway)
+    # Started in the background of a shell, a process ignores interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # A terminated lab must clean up as an interrupted one does.
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     run_until_interrupted(Lab(scenario, directory=directory, **changes))

