@@ -8,8 +8,12 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 SOURCE = Path(__file__).parent
 CACHE = SOURCE.parents[2] / ".cache" / "wireguard-go"
@@ -55,10 +59,21 @@ def build() -> Path:
 
 
 class WireguardGo:
-    """A running device. `link` and `tun` are the addresses that the program was told to talk to."""
+    """A running device. `link` and `tun` are the addresses that the program was told to talk to.
 
-    def __init__(self, *, tun: str, link: str | None = None, mtu: int = 1280, verbose: bool = False) -> None:
-        command = [str(build()), "-tun", tun, "-mtu", str(mtu)]
+    `prefix` goes before the command, to enter a namespace.
+    """
+
+    def __init__(
+        self,
+        *,
+        tun: str,
+        link: str | None = None,
+        mtu: int = 1280,
+        verbose: bool = False,
+        prefix: Sequence[str] = (),
+    ) -> None:
+        command = [*prefix, str(build()), "-tun", tun, "-mtu", str(mtu)]
         if link is not None:
             command += ["-link", link]
         if verbose:

@@ -1,0 +1,72 @@
+"""The bench's own arithmetic: names, summaries, ratios, and the search for a rate without loss."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.bench.figures import Figures, unit
+from tests.bench.measurements import _Search
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_the_file_has_machine_and_figures_in_the_agreed_form(tmp_path: Path) -> None:
+    figures = Figures()
+    figures.add({"tcp1.up.direct.gateway": 0.5})
+    figures.add({"tcp1.up.direct.gateway": 0.25, "connect_ms.direct.gateway": [8.0, 9.0]})
+    figures.add({"tcp1.up.direct.gateway": 1.0})
+    figures.write(tmp_path / "build" / "bench.json", {"cores": 2})
+    written = json.loads((tmp_path / "build" / "bench.json").read_text())
+    assert written["machine"] == {"cores": 2}
+    entry = written["figures"]["tcp1.up.direct.gateway"]
+    assert {key: entry[key] for key in ("unit", "min", "median", "max", "runs")} == {
+        "unit": "Gbit/s",
+        "min": 0.25,
+        "median": 0.5,
+        "max": 1.0,
+        "runs": 3,
+    }
+    assert written["figures"]["connect_ms.direct.gateway"]["runs"] == 2
+
+
+def test_only_what_was_asked_for_is_kept() -> None:
+    figures = Figures(["tcp1", "*.relayed.gateway", "rtt_ms.routing"])
+    assert figures.wants("tcp1.up.direct.gateway")
+    assert figures.wants("connect_ms.relayed.gateway")
+    assert figures.wants("rtt_ms.routing")
+    assert not figures.wants("tcp14.up.direct.gateway")
+    assert not figures.wants("rtt_ms.direct.gateway")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("tcp4.up.routing", "Gbit/s"), ("connect_authorized_ms.direct.gateway", "ms"), ("rss_mib.idle.gateway", "MiB")],
+)
+def test_every_figure_has_a_unit(name: str, expected: str) -> None:
+    assert unit(name) == expected
+
+
+def test_ratios_compare_the_same_direction_only() -> None:
+    figures = Figures()
+    figures.add({"tcp1.up.relayed.gateway": 1.0, "tcp1.up.direct.wireguard-go": 2.0, "tcp1.down.routing": 5.0})
+    assert figures._ratio("tcp1.up.relayed.gateway", "wireguard-go") == "0.5"
+    assert not figures._ratio("tcp1.up.relayed.gateway", "routing")
+
+
+@pytest.mark.parametrize("limit", [55.0, 200.0, 317.0, 900.0])
+def test_the_search_ends_below_the_rate_that_loses_and_near_it(limit: float) -> None:
+    asked: list[float] = []
+
+    def measure(mbit: float) -> tuple[float, float]:
+        asked.append(mbit)
+        return min(mbit, limit), 0.0 if mbit <= limit else 1.0
+
+    search = _Search(measure)
+    found = [search.run() for _ in range(6)]
+    assert max(found) <= limit
+    assert found[-1] >= limit / 1.2
+    assert len(asked) <= 20
