@@ -34,6 +34,7 @@ _LEVELS = {
     "debug": logging.DEBUG,
     "trace": TRACE,
 }
+_NAMES = {TRACE: "TRACE", logging.WARNING: "WARN", logging.CRITICAL: "ERROR"}  # where they are not Python's
 _LEVELS |= dict(zip("012345", _LEVELS.values(), strict=True))
 # Libraries that would drown ours at debug; the operator's own directives come later and win.
 _CEILINGS = "pyroute2=warn,asyncio=warn,geventwebsocket=warn,websocket=warn,dns=info"
@@ -140,6 +141,10 @@ def chain(error: BaseException) -> str:
             parts.append(text)
         cause = cause.__cause__
     return ": ".join(parts)
+
+
+def _level(record: logging.LogRecord) -> str:
+    return _NAMES.get(record.levelno, record.levelname)
 
 
 def _level(record: logging.LogRecord) -> str:
