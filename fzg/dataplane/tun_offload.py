@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fzg.dataplane.flows import IPV4_KEY_SIZE
 from fzg.wire import Malformed
-from fzg.wire.checksum import internet_checksum, pseudo_header_sum, sum16
+from fzg.wire.checksum import congruent, internet_checksum, pseudo_header_sum, sum16
 from fzg.wire.ip import (
     IPV4_HEADER,
     IPV6_HEADER,
@@ -139,7 +139,7 @@ def _tcp_segments(
         payload, following = following, next(payloads, None)
         size = l4_header + len(payload)
         segment_flags = flags if following is None else flags & ~(TCP_FIN | _TCP_PSH)
-        total = int.from_bytes(payload, "big")
+        total = congruent(payload)
         if size & 1:
             total <<= 8
         checksum = 0xFFFF - (total + constant + sequence + segment_flags + size) % 0xFFFF
@@ -158,7 +158,7 @@ def _udp_segments(
     constant = pseudo_sum + sum16(ports)
     for index, payload in enumerate(payloads):
         size = first - l4 + len(payload)
-        total = int.from_bytes(payload, "big")
+        total = congruent(payload)
         if size & 1:
             total <<= 8
         checksum = 0xFFFF - (total + constant + size + size) % 0xFFFF  # the length counts in both headers
@@ -430,7 +430,7 @@ def _has_valid_checksum(packet: Buffer, key: bytes, l4: int) -> bool:
     if key[-1] == PROTOCOL_UDP and packet[l4 + 6] == packet[l4 + 7] == 0:
         return False
     # The pseudo header's addresses directly precede the transport in both families.
-    value = int.from_bytes(packet[12 if l4 == IPV4_HEADER else 8 :], "big")
+    value = congruent(packet[12 if l4 == IPV4_HEADER else 8 :])
     if size & 1:
         value <<= 8
     if (value + key[-1] + size) % 0xFFFF:

@@ -11,9 +11,25 @@ if TYPE_CHECKING:
     Buffer = bytes | bytearray | memoryview
 
 
+_FOLDS = tuple((bits, (1 << bits) - 1) for bits in (5120, 2560, 1280))  # halves, quarters and eighths of a packet
+_WORTH_FOLDING = 320  # bytes: below, the division costs less
+
+
+def congruent(data: Buffer) -> int:
+    """A number that equals `data`, read as a big-endian number, modulo 65535, and is zero for zeros only.
+
+    Adding up parts of a packet takes a third of the time that dividing all of it does.
+    """
+    value = int.from_bytes(data, "big")
+    if len(data) > _WORTH_FOLDING:
+        for bits, mask in _FOLDS:
+            value = (value >> bits) + (value & mask)
+    return value
+
+
 def sum16(data: Buffer, initial: int = 0) -> int:
     """The folded one's complement sum of `data` plus `initial`, not complemented; an odd last byte is padded right."""
-    value = int.from_bytes(data, "big")
+    value = congruent(data)
     if len(data) & 1:
         value <<= 8
     value += initial
