@@ -28,6 +28,7 @@ from fzg.ops.health import Health
 from fzg.portal import identity, url, user_agent
 from fzg.portal.backoff import Reconnect
 from fzg.portal.dial import DialOptions
+from fzg.portal.proxy import InvalidProxy, proxy_for
 from fzg.portal.websocket import Login, PortalConnection
 from fzg.tunnel.tunnel import Tunnel
 from fzg.wireguard.keys import KeyPair
@@ -106,7 +107,8 @@ class App:
         try:
             portal_url = url.PortalUrl.parse(settings.api_url)
             trusted = trust.trust_store()
-        except (url.InvalidUrl, HostError) as error:
+            proxy = proxy_for(portal_url.host, portal_url.port, os.environ) if portal_url.secure else None
+        except (url.InvalidUrl, InvalidProxy, HostError) as error:
             raise FatalError(str(error)) from error
         self._engine = PureEngine()
         self._open_sockets()
@@ -126,6 +128,8 @@ class App:
         self._health = Health(settings.health_address, self)
         self._health.start()
         _LOG.info(trusted.description)
+        if proxy is not None:
+            _LOG.info("The portal is reached through the proxy %s", proxy)
         self._portal = PortalConnection(
             Login(
                 url=portal_url,
@@ -136,7 +140,9 @@ class App:
                 user_agent=user_agent.host_user_agent(),
             ),
             self,
-            dialing=DialOptions(resolve=_addresses_of, ssl_context=trusted.context, mark=self._mark),
+            dialing=DialOptions(
+                resolve=_addresses_of, ssl_context=trusted.context, proxy=proxy, mark=self._mark
+            ),
             reconnect=Reconnect(random=os.urandom, max_partition=settings.max_partition_time),
         )
         self._essential("timer", self._run_timer)

@@ -1,5 +1,7 @@
 """From a host name to an upgraded WebSocket: TCP to all addresses at once, TLS, HTTP upgrade (spec portal 1.3 to 1.6).
 
+A proxy, if there is one, is asked for a tunnel first; it resolves the name then.
+
 Cooperative: every function waits with gevent and may switch greenlets.
 """
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import Callable, Mapping, Sequence
 
+    from fzg.portal.proxy import Proxy
     from fzg.portal.url import PortalUrl
 
 _LOG = logging.getLogger(__name__)
@@ -78,6 +81,9 @@ class DialOptions:
     ssl_context: ssl.SSLContext | None = None
     """Trust for `wss`; made by the patched `ssl` module or by `gevent.ssl`, so that it does not block."""
 
+    proxy: Proxy | None = None
+    """Through which to connect; it resolves the names then."""
+
     mark: int | None = SOCKET_MARK
     connect_timeout: float = CONNECT_TIMEOUT_S
     dial_timeout: float = DIAL_TIMEOUT_S
@@ -93,13 +99,11 @@ class Stream(NamedTuple):
 
 def dial(url: PortalUrl, target: str, headers: Mapping[str, str], options: DialOptions) -> Stream:
     """Resolves, connects and upgrades once. Raises DialError."""
-    addresses = resolve(url.host, options)
-    if not addresses:
-        raise DialError(f"{url.host} has no addresses")
+    addresses = find(url.host, options)
     stream: Any = None  # a gevent socket, later a TLS socket around it: two unrelated types to mypy
     try:
         with gevent.Timeout(options.dial_timeout, DialError(f"no upgrade within {options.dial_timeout:g} s")):
-            stream = connect_any(addresses, url.port, mark=options.mark, timeout=options.connect_timeout)
+            stream = connect(addresses, url.host, url.port, options)
             if url.secure:
                 stream = _with_tls(stream, url.host, options.ssl_context)
                 stream.do_handshake()
@@ -111,6 +115,32 @@ def dial(url: PortalUrl, target: str, headers: Mapping[str, str], options: DialO
             raise DialError(f"connecting to {url.host} failed: {error}") from error
         raise
     return Stream(stream, early_data)
+
+
+def find(host: str, options: DialOptions) -> list[str]:
+    """The addresses to connect to for `host`: its own, or those of the proxy. Raises DialError."""
+    proxy = options.proxy
+    addresses = resolve(host if proxy is None else proxy.host, options)
+    if not addresses:
+        raise DialError(f"{host} has no addresses" if proxy is None else f"the proxy {proxy.host} has no addresses")
+    return addresses
+
+
+def connect(addresses: Sequence[str], host: str, port: int, options: DialOptions) -> socket.socket:
+    """A TCP connection to `host` by what `find` found, through the proxy if there is one. Raises DialError, OSError."""
+    proxy = options.proxy
+    if proxy is None:
+        return connect_any(addresses, port, mark=options.mark, timeout=options.connect_timeout)
+    try:
+        connection = connect_any(addresses, proxy.port, mark=options.mark, timeout=options.connect_timeout)
+    except DialError as error:
+        raise DialError(f"the proxy {proxy} cannot be reached: {error}") from error
+    try:
+        _ask_for_tunnel(connection, proxy, host, port)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 def resolve(host: str, options: DialOptions) -> list[str]:
@@ -176,6 +206,25 @@ def _connect(
             connection.close()
 
 
+def _ask_for_tunnel(connection: socket.socket, proxy: Proxy, host: str, port: int) -> None:
+    """One CONNECT, one answer; after it the connection leads to `host`. Raises DialError."""
+    connection.sendall(proxy.request(host, port))
+    head, rest = _read_head(connection, f"the proxy {proxy}")
+    status_line = head.partition(b"\r\n")[0].decode("latin-1")
+    version, _, status = status_line.partition(" ")
+    if not version.startswith("HTTP/1."):
+        raise DialError(f"the proxy {proxy} does not speak HTTP")
+    if status.startswith("407"):
+        raise DialError(
+            f"the proxy {proxy} wants other credentials ({status[:100]}); name it in HTTPS_PROXY as "
+            "http://user:password@host:port, special characters as %40"
+        )
+    if not status.startswith("2"):
+        raise DialError(f"the proxy {proxy} refused to connect to {host}:{port}: {status[:100]}")
+    if rest:
+        raise DialError(f"the proxy {proxy} sent more than its answer")
+
+
 def _set_mark(connection: socket.socket, mark: int) -> None:
     try:
         # Packed, because the mark exceeds a C int.
@@ -196,7 +245,7 @@ def _upgrade(connection: socket.socket, authority: str, target: str, headers: Ma
     """One GET, one answer: redirects are refusals, cookies are not kept. Returns the bytes behind the head of a 101."""
     key = base64.b64encode(os.urandom(16))
     connection.sendall(_request(authority, target, key, headers))
-    head, early_data = _read_head(connection)
+    head, early_data = _read_head(connection, "the portal")
     status_line, _, fields = head.partition(b"\r\n")
     if status_line.split(b" ")[1:2] != [b"101"]:
         raise Rejected(_read_rejection(connection, head + early_data))
@@ -222,14 +271,14 @@ def _request(authority: str, target: str, key: bytes, headers: Mapping[str, str]
     return "\r\n".join(lines).encode()
 
 
-def _read_head(connection: socket.socket) -> tuple[bytes, bytes]:
+def _read_head(connection: socket.socket, sender: str) -> tuple[bytes, bytes]:
     received = bytearray()
     while (end := received.find(b"\r\n\r\n")) < 0:
         if len(received) > MAX_HEAD:
-            raise DialError("the portal's answer to the upgrade has no end")
+            raise DialError(f"the answer of {sender} has no end")
         chunk = connection.recv(4096)
         if not chunk:
-            raise DialError("the portal closed the connection during the upgrade")
+            raise DialError(f"{sender} closed the connection before it answered")
         received += chunk
     return bytes(received[: end + 4]), bytes(received[end + 4 :])
 
