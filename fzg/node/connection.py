@@ -37,6 +37,12 @@ IDLE_AFTER = 20.0  # s without activity
 HANDSHAKE_DEBOUNCE = 20.0  # s between handshakes that a nomination starts (controlling side)
 CONNECTING_BUFFER = 128  # WireGuard messages kept until a path is selected, oldest dropped
 
+# Ours: after an authorization ICE and the handshake take some round trips; a relay that has carried nothing by then may
+# have lost its state, which it does not say, and its next Refresh may be minutes away (turn 5.5).
+SILENCE = 2.0  # s
+# Ours: a client that comes back initiates just before it nominates (3.13), so the response to it leaves by the path of
+# its former life; it is sent again on the new one. Nominations follow within a round trip.
+REPEATED_RESPONSE = 1.0  # s
 NO_CHANNEL = "no channel on the relay"
 """Why `send` dropped a packet; a bind was started, so the next one may pass."""
 
@@ -126,12 +132,15 @@ class Connection:
         self._activity = now
         self._candidate_deadline: float | None = now + CANDIDATE_TIMEOUT
         self._disconnect_deadline: float | None = None
+        self._response: tuple[float, bytes] | None = None
+        self._silence_deadline: float | None = now + SILENCE
         self._nomination_handshake_at = float("-inf")
 
     # -- inputs
 
     def resume(self, now: float) -> None:
         """An authorization repeated this connection's parameters (2.2 step 1)."""
+        self._silence_deadline = now + SILENCE
         if self.state is not ConnectionState.CONNECTING:
             self.note_activity(now)
         if self.agent.role is Role.CONTROLLING:
@@ -152,6 +161,12 @@ class Connection:
         if added is not None:
             self.note_activity(now)
         return added
+
+    def guess_remote(self, address: Endpoint, now: float) -> None:
+        """Open our NAT and our relay for an address that the client probably sends from."""
+        if self.relay_id is not None:
+            self._relays.bind_channel(self.relay_id, address, now)
+        self.agent.guess_remote(address, now)
 
     def add_remote_candidate(self, candidate: Candidate, now: float) -> None:
         """A candidate of the client; its relay channel is bound unless it is a host address (4.2)."""
@@ -196,6 +211,7 @@ class Connection:
         """In the order of 2.5: agent, idle, candidate timeout, disconnect grace, WireGuard."""
         self.agent.handle_timeout(now)
         self._check_idle(now)
+        self._check_silence(now)
         if self._candidate_deadline is not None and now >= self._candidate_deadline:
             self._fail(Failure.NO_CANDIDATES)
         elif self._disconnect_deadline is not None and now >= self._disconnect_deadline:
@@ -227,11 +243,14 @@ class Connection:
             if self.path.relayed and self.relay_id is not None and message[0] == MessageType.INITIATION:
                 # We begin a handshake because data went unanswered (5.4).
                 self._relays.doubt(self.relay_id, now)
+            elif message[0] == MessageType.RESPONSE:
+                self._response = now, message
             self._transmit(message, now)
         while (peer_event := self.peer.poll_event()) is not None:
             match peer_event:
                 case HandshakeCompleted(at=at):
                     first, self.handshake_at = self.handshake_at is None, at
+                    self._response = None
                     if first and self.path is not None:
                         self._events.append(Established(self.path))
                 case Expired():
@@ -250,12 +269,14 @@ class Connection:
             return None
         candidate = self._candidate_deadline
         disconnect = self._disconnect_deadline
+        silence = self._silence_deadline
         return earliest(
             self.agent.poll_timeout(),
             self.peer.poll_timeout(),
             Deadline(self._activity + IDLE_AFTER, "idle") if self._may_idle else None,
             Deadline(candidate, "no remote candidate") if candidate is not None else None,
             Deadline(disconnect, "ICE disconnected") if disconnect is not None else None,
+            Deadline(silence, "silence after authorization") if silence is not None else None,
         )
 
     def poll_transmit(self) -> Transmit | None:
@@ -287,6 +308,15 @@ class Connection:
             self.state = ConnectionState.IDLE
             self.agent.set_timing(self._idle_timing, now)
 
+    def _check_silence(self, now: float) -> None:
+        if self._silence_deadline is None or now < self._silence_deadline:
+            return
+        asked_at, self._silence_deadline = self._silence_deadline - SILENCE, None
+        if self.relay_id is None or (self.path is not None and not self.path.relayed):
+            return
+        if self.path is None or self._engine.activity(self.handle).last_received < asked_at:
+            self._relays.doubt(self.relay_id, now)
+
     def _select(self, path: Path, now: float) -> None:
         if path == self.path:
             return
@@ -303,6 +333,8 @@ class Connection:
                 self._transmit(self._buffer.popleft(), now)
             if self.handshake_at is not None:
                 self._events.append(Established(path))
+        elif self._response is not None and now < self._response[0] + REPEATED_RESPONSE:
+            self._transmit(self._response[1], now)
 
     def _handshake_after_nomination(self, now: float) -> None:
         if now >= self._nomination_handshake_at + HANDSHAKE_DEBOUNCE:

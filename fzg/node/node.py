@@ -37,6 +37,7 @@ from fzg.wire import Malformed, channel_data, control, stun
 from fzg.wire import candidate as candidate_line
 from fzg.wire import wireguard as wg
 from fzg.wire.candidate import Kind
+from fzg.wire.endpoint import Endpoint
 from fzg.wireguard.gate import Admitted, CookieReply, Gate
 from fzg.wireguard.index import IndexAllocator
 from fzg.wireguard.peer import Peer, identify
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
     from fzg.node.path import Path
     from fzg.sansio import Random
     from fzg.secret import Secret
-    from fzg.wire.endpoint import Endpoint
     from fzg.wireguard.keys import KeyPair
 
 _LOG = logging.getLogger(__name__)
@@ -58,6 +58,9 @@ RELAYED_ACTIVITY_INTERVAL = 5.0  # s between looks at what the engine carried ov
 # What a connection does in its pass may make it due at once: a nomination is followed by its check. A deadline that
 # still stands after this many passes is not going to move, and the driver must see that.
 PASSES = 3
+# Clients listen here if they can, and most NATs keep the port (operations 3.2; connectivity 1.4). A check sent there at
+# once opens our NAT, and a channel our relay, before the client's first check comes; else its next is 250 ms later.
+CLIENT_PORT = 52625
 # Behind a NAT that maps by destination the path will be relayed, and a client's first check through our relay is lost
 # when it comes before our channel to the client's relay: its next is 250 ms later. So our candidates wait until the
 # client's are here and bound; a client sends them within 17 ms of the acknowledgement, plus the portal's round trip
@@ -158,8 +161,12 @@ class Node:
         local: Credentials,
         remote: Credentials,
         now: float,
+        address: bytes | None = None,
     ) -> bool:
-        """Create, replace or reuse the client's connection; True when reused. Raises `NoRelayAvailableError` (2.1)."""
+        """Create, replace or reuse the client's connection; True when reused. Raises `NoRelayAvailableError` (2.1).
+
+        `address`: the packed public IP from which the client reached the portal, where that is known.
+        """
         identity = Identity(public_key, preshared_key, local, remote)
         connection = self._connections.get(client_id)
         if connection is not None and connection.identity == identity:
@@ -171,7 +178,7 @@ class Node:
         if connection is not None:
             _LOG.info("Connection replaced: the authorization has other keys or credentials cid=%s", client_id)
             self._remove(connection)
-        self._create(client_id, handle, identity, relay_id, now)
+        self._create(client_id, handle, identity, relay_id, address, now)
         return False
 
     def add_remote_candidate(self, client_id: str, text: str, now: float) -> None:
@@ -261,10 +268,10 @@ class Node:
         """Goodbye to every client, and every allocation deleted (2.12; turn 2.9)."""
         for client_id in list(self._connections):
             self.close(client_id, now)
-        # A goodbye through a relay must be there before the request that deletes its channel.
-        self._out.extendleft(reversed(self._drain_transmits()))
         self.relays.shutdown(now)
-        self._out.extend(self._drain_transmits())
+        # A goodbye through a relay must be there before the request that deletes its channel.
+        while (transmit := self.relays.poll_transmit()) is not None:
+            self._out.append(transmit)
 
     # -- time and output
 
@@ -321,7 +328,9 @@ class Node:
 
     # -- connections
 
-    def _create(self, client_id: str, handle: int, identity: Identity, relay_id: str, now: float) -> None:
+    def _create(  # noqa: PLR0917 - what an authorization carries
+        self, client_id: str, handle: int, identity: Identity, relay_id: str, address: bytes | None, now: float
+    ) -> None:
         index = self._indices.next(self._by_index)
         agent = Agent(
             role=self._role,
@@ -362,6 +371,8 @@ class Node:
         self._by_public_key[identity.public_key] = connection
         for local in self.relays.candidates(relay_id):
             self._offer(connection, local, now)
+        if address is not None:
+            connection.guess_remote(Endpoint(address, CLIENT_PORT), now)
         if self._role is Role.CONTROLLED and self.relays.nat_maps_by_destination:
             self.signalling.postpone(client_id, now + RELAY_PATH_WAIT)
         _LOG.info("Connection created cid=%s index=%06x relay=%s", client_id, index, relay_id)
@@ -420,9 +431,6 @@ class Node:
             _LOG.info("Connection failed: %s cid=%s", connection.failure.value, connection.client_id)
             self._remove(connection)
             self._events.append(ConnectionFailed(connection.client_id, connection.failure))
-            silent = connection.failure is not Failure.NO_CANDIDATES
-            if silent and connection.relay_id is not None and (connection.path is None or connection.path.relayed):
-                self.relays.doubt(connection.relay_id, now)
             return
         while (request := connection.poll_request()) is not None:
             self._requests[request] = _Request(connection, now + REQUEST_LIFETIME)
@@ -443,12 +451,6 @@ class Node:
     def _collect(self, connection: Connection) -> None:
         while (transmit := connection.poll_transmit()) is not None:
             self._out.append(transmit)
-
-    def _drain_transmits(self) -> list[Transmit]:
-        transmits = []
-        while (transmit := self.relays.poll_transmit()) is not None:
-            transmits.append(transmit)
-        return transmits
 
     def _remote_candidate(self, client_id: str, text: str) -> tuple[Connection, candidate_line.Candidate] | None:
         connection = self._connections.get(client_id)

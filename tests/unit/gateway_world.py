@@ -206,10 +206,12 @@ class MemoryRelay(Host):
         self.numbers.clear()
 
     def receive(self, payload: bytes, source: Endpoint, local: Endpoint) -> None:
-        if not self.alive:
+        if not self.alive or not payload:
             return
         if local in self.owners:
             self._from_peer(payload, source, local)
+        elif local not in (self.v4, self.v6):
+            return  # to a former allocation
         elif payload[0] >= 0x40:
             self._from_client(payload, source)
         else:

@@ -162,6 +162,15 @@ def test_the_end_of_a_connection_ends_its_flows():
     assert w.gateway.engine._peers == {}, "no flow was installed for nobody"
 
 
+def test_a_late_packet_of_a_connection_that_ended_leaves_nothing_behind():
+    w = connected()
+    handle = w.connection.handle
+    w.gateway.node.drop(w.client.client_id)
+    w.gateway.dispatch([InnerPacket(handle, udp(source=w.client.ipv4, destination=SERVER), 0, None, None)])
+    w.reject()
+    assert w.gateway.engine._peers == {}
+
+
 # -- sizes and marks
 
 

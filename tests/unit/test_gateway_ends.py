@@ -92,6 +92,17 @@ def test_a_packet_within_the_interval_counts_it_from_the_last_check():
     assert seen[0] == pytest.approx(last + 15.0, abs=0.001)
 
 
+def test_a_packet_to_a_silent_client_sends_overdue_checks_at_once():
+    w = connected()
+    w.net.run(100.0)
+    w.net.run(checks_of(w, w.gateway)[-1] + 20.0 - w.net.now)
+    start = w.net.now
+    w.net.lose = lambda source, destination, payload: True
+    w.gateway.read_tun(udp(source=SERVER, destination=w.client.ipv4, sport=53, dport=50000))
+    w.net.run(0.0)
+    assert checks_of(w, w.gateway, start)
+
+
 @pytest.mark.spec("CONN-26")
 def test_keepalives_are_no_activity():
     """The packet at 0 makes the other side send a keepalive at 10 s; idle begins at 20 s all the same."""

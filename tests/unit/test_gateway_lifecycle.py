@@ -195,6 +195,25 @@ def test_a_client_that_lost_everything_comes_back_with_the_same_credentials():
     assert w.traffic_flows()
 
 
+def test_the_response_to_a_client_that_came_back_elsewhere_follows_its_nomination():
+    """It initiates before it nominates, so the first response goes where it no longer is."""
+    w = world(client="nat").start()
+    w.connect()
+    w.net.run(1.0)
+    former = w.connection.path
+    w.client.nat.rebind()
+    w.client.nat.taken.add(52625)
+    w.client.node.drop("gateway")
+    log, start = len(w.net.log), w.net.now
+    w.connect()
+    assert w.net.now - start < 0.1
+    assert w.connection.path != former
+    responses = [(target, payload) for _, _, target, payload in w.net.log[log:] if payload[:4] == b"\2\0\0\0"]
+    assert [target for target, _ in responses] == [former.destination, w.connection.path.destination]
+    assert responses[0][1] == responses[1][1]
+    assert w.traffic_flows()
+
+
 # -- candidates in time
 
 

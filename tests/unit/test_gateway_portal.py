@@ -9,7 +9,7 @@ import pytest
 from fzg.gateway import Resolve
 from fzg.portal import messages
 from fzg.wire import control
-from tests.unit.dataplane_world import udp
+from tests.unit.dataplane_world import tcp, udp
 from tests.unit.gateway_world import (
     RESOURCE_ID,
     SERVER,
@@ -267,7 +267,12 @@ def test_filters_that_changed_while_it_waited_are_the_ones_in_force():
     w.gateway.portal(messages.ResourceUpdated(resource=cidr("10.0.0.0/8", messages.TcpFilter())))
     w.gateway.portal(messages.ResourceUpdated(resource=other_network()))
     w.net.run_until(lambda: w.client.established)
-    assert not w.reaches()
+    refused = udp(source=w.client.ipv4, destination=SERVER)
+    permitted = tcp(source=w.client.ipv4, destination=SERVER)
+    for packet in (refused, permitted):
+        w.client.send(packet)
+    w.net.run(1.0)
+    assert w.gateway.written() == [permitted]
 
 
 def test_an_expiry_that_moved_while_it_waited_is_the_one_in_force():

@@ -8,8 +8,10 @@ from fzg.node.path import PathKind
 from fzg.portal import messages
 from fzg.wire.endpoint import Endpoint
 from tests.unit.gateway_world import (
+    RESOURCE_ID,
     SERVER,
     SETTLED,
+    cidr,
     close_worlds,  # noqa: F401
     memory_relay,
     udp,
@@ -103,6 +105,23 @@ def test_a_bind_leaves_before_what_needs_its_channel():
     assert [payload[0] for payload in seen] == [0, 0, 0, 0x40, 0x40, 0x40]
 
 
+def test_what_turn_sends_goes_before_what_connections_send():
+    w = authorized(gateway="symmetric")
+    core, now = w.gateway.core, w.net.now
+    text = line("relay")
+    core.handle_portal_message(
+        messages.IceCandidates(
+            client_id=messages.Id(w.client.client_id), candidates=messages.Candidates([text])
+        ), now
+    )  # fmt: skip
+    core.handle_timeout(now)
+    sent = []
+    while (transmit := core.poll_transmit()) is not None:
+        sent.append(transmit.payload)
+    assert sent[0][:2] == bytes((0, CHANNEL_BIND))
+    assert 0x40 in [payload[0] for payload in sent]
+
+
 def test_a_migrated_connection_binds_its_remote_candidates_on_the_new_relay():
     w = authorized()
     w.candidates(line("relay"))
@@ -152,13 +171,18 @@ def test_one_way_streams_keep_their_channel():
     assert len(relay.binds) - binds >= 3
 
 
-def test_an_idle_channel_of_a_nominated_pair_is_bound_again_without_data():
-    w = relayed()
-    relay = serving(w)
-    count = len(gateway_binds(w, relay))
-    w.net.run(245.0)
+def test_the_channel_of_a_nominated_pair_is_bound_again_without_any_data():
+    """No handshake either: only checks pass, which alone do not keep a channel."""
+    w = world(gateway="symmetric", client="symmetric").start()
+    w.net.lose = lambda source, destination, payload: b"\1\0\0\0" in (payload[:4], payload[4:8])
+    w.authorize()
+    w.net.run(1.0)
     peer = w.connection.path.destination
-    assert gateway_binds(w, relay)[count:].count(peer) == 1
+    w.net.parties.remove(w.client)
+    assert gateway_binds(w, serving(w)).count(peer) == 1
+    w.net.run(245.0)
+    assert gateway_binds(w, serving(w)).count(peer) == 2
+    w.net.parties.append(w.client)
 
 
 @pytest.mark.spec("TURN-50")
@@ -194,6 +218,27 @@ def test_traffic_resumes_when_the_relay_forgets_its_allocations():
         w.connect()
     w.net.run_until(w.traffic_flows, limit=20.0)
     assert w.net.now - start < 40.0
+
+
+def test_a_client_that_reconnects_over_a_relay_that_forgot_us_gets_through():
+    """The gateway itself sends no data, and its channels to the client's relay seem to exist."""
+    w = relayed()
+    for relay in w.relays:
+        relay.restart("secret")
+    w.client.node.drop("gateway")
+    start = w.net.now
+    w.connect(limit=15.0)
+    assert w.net.now - start < 3.0
+    assert w.traffic_flows()
+
+
+def test_no_relay_is_asked_while_connections_come_about_as_they_should():
+    w = relayed()
+    w.authorize(resource=cidr("192.168.0.0/16", resource_id=RESOURCE_ID[:-1] + "6"))
+    assert w.reaches(destination=bytes((192, 168, 0, 1)))
+    w.net.run(20.0)
+    public = w.gateway.nat.public
+    assert not [payload for _, source, _, payload in w.net.log if source.ip == public and payload[:2] == b"\0\4"]
 
 
 def test_a_silent_relay_is_left_for_another():
