@@ -1,6 +1,6 @@
 """Every kind of NAT against every other: the best path there is, within seconds (real netfilter).
 
-`make test` runs a covering selection: each kind at each end, and each combination of outcomes; `make test-all` all pairs.
+`make test` runs a covering selection: each kind at each end, and each outcome; `make test-all` all pairs.
 """
 
 from __future__ import annotations
