@@ -147,10 +147,6 @@ def _level(record: logging.LogRecord) -> str:
     return _NAMES.get(record.levelno, record.levelname)
 
 
-def _level(record: logging.LogRecord) -> str:
-    return _NAMES.get(record.levelno, record.levelname)
-
-
 def _target(name: str) -> str:
     return name.replace(".", "::")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 
@@ -54,6 +55,7 @@ def run(monkeypatch, capsys):
         if name.startswith(("FIREZONE_", "HEALTH_", "OTLP_", "RUST_LOG", "CREDENTIALS_")):
             monkeypatch.delenv(name)
     monkeypatch.setattr(capabilities, "has_net_admin", lambda: True)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # a process that ends ignores signals; this one does not end
     seen = []
 
     class Stub:
