@@ -34,7 +34,6 @@ _LEVELS = {
     "debug": logging.DEBUG,
     "trace": TRACE,
 }
-_NAMES = {TRACE: "TRACE", logging.WARNING: "WARN", logging.CRITICAL: "ERROR"}  # where they are not Python's
 _LEVELS |= dict(zip("012345", _LEVELS.values(), strict=True))
 # Libraries that would drown ours at debug; the operator's own directives come later and win.
 _CEILINGS = "pyroute2=warn,asyncio=warn,geventwebsocket=warn,websocket=warn,dns=info"
