@@ -607,7 +607,8 @@ class Allocation:
             return
         if purpose is Purpose.BINDING and not self._is_active_family(transaction):
             return
-        alive = self._last_received > transaction.started
+        # A request that answers a challenge was asked for by the relay itself.
+        alive = self._last_received > transaction.started or transaction.challenges > 0
         if transaction.wrong_integrity:
             # A restarted relay answers with a key made from its new secret.
             self._die(Failure.AUTHENTICATION, now)

@@ -298,6 +298,20 @@ def test_silent_relay_is_removed_for_one_unanswered_channel_bind() -> None:
     assert kinds == ["ChannelChanged"] * 2 + ["CandidateInvalidated"] * 2 + ["RelayRemoved", "NoRelays"]
 
 
+def test_refresh_that_is_challenged_and_then_unanswered_leads_to_a_new_allocation() -> None:
+    """As with pion, which forgot both nonce and allocation: it is alive, for it challenged."""
+    relay = ScriptedRelay()
+    network = Network([relay]).active()
+    relay.forget()
+    relay.nonces.clear()
+    network.set.update([], [], network.now)
+    network.run(0)
+    relay.silent_to = {REFRESH}
+    network.run(8.5)
+    assert steps(network) == [REFRESH, REFRESH, ALLOCATE]
+    assert state(network) == "active"
+
+
 @pytest.mark.spec("TURN-63")
 def test_recently_used_peers_are_bound_again_after_healing() -> None:
     relay = ScriptedRelay()
