@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import re
 from typing import TYPE_CHECKING
 
 import pytest
@@ -52,6 +53,11 @@ async def exchange(device: RustDevice, tun: Tun, *, size: int = 100) -> None:
 async def path_of(world: World, device: RustDevice, kind: str, *, timeout: float = PATIENCE_S) -> None:
     """Wait until the gateway sends to the client by a path of this kind."""
     await world.gateway.logs(f"Path changed cid={device.id} path={kind} ", timeout=timeout)
+
+
+def paths(world: World, device: RustDevice) -> list[str]:
+    """The kinds of path by which the gateway has sent to the client, in order."""
+    return re.findall(rf"Path changed cid={device.id} path=(\w+) ", world.gateway.log_text())
 
 
 class Stream:
@@ -143,7 +149,7 @@ def test_the_switch_from_relay_to_direct_loses_nothing(world: World) -> None:
                 await asyncio.sleep(CHECK_INTERVAL_S)
                 stream.stop()
             assert nominated["destination"].startswith("127.0.0.1:")
-            assert world.gateway.log_text().count(f"Path changed cid={device.id} path=Relay") == 1
+            assert paths(world, device)[-1] == "PeerToPeer"
 
     asyncio.run(scenario())
 
@@ -181,6 +187,9 @@ def test_a_second_authorization_reuses_the_connection(world: World) -> None:
             world.tun.send(reply)
             await device.receive(reply)
             await exchange(device, world.tun)
+            async with asyncio.timeout(PATIENCE_S):
+                while len(device.told) < 2 * len(told):
+                    await asyncio.sleep(0.01)
             assert device.told == told * 2
             assert {event["event"] for event in device.program.events[since:]} == {"packet"}
             await world.gateway.logs(f"Connection reused cid={device.id}")
