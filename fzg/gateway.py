@@ -275,6 +275,7 @@ class Gateway:
                 local=Credentials(message.gateway_ice_credentials.username, message.gateway_ice_credentials.password),
                 remote=Credentials(message.client_ice_credentials.username, message.client_ice_credentials.password),
                 now=now,
+                address=message.address or None,
             )
         except NoRelayAvailableError:
             if not (wait and self.node.relays.is_probing and self._waiting.add(message, now)):

@@ -233,6 +233,11 @@ class Agent:
         self._wake(now)
         return True
 
+    def guess_remote(self, address: Endpoint, now: float) -> None:
+        """Check an address that the peer may turn out to have; nothing depends on whether it does."""
+        if not self._remotes.is_full and not self._remotes.all_at(address):
+            self._guess(address, now)
+
     def invalidate_remote_candidate(self, candidate: Candidate, now: float) -> bool:
         """The peer withdrew a candidate: matched by address and kind (spec connectivity 3.19, D12)."""
         known = self._remotes.find(candidate.kind, candidate.address)
@@ -367,9 +372,12 @@ class Agent:
         for guess in self._remotes.optimistic():
             if self._remotes.is_full:
                 return
-            remote = RemoteCandidate(Kind.SRFLX, guess, never_added_priority(Kind.SRFLX, guess), provisional=True)
-            self._remotes.append(remote)
-            self._pair_remote(remote, now)
+            self._guess(guess, now)
+
+    def _guess(self, address: Endpoint, now: float) -> None:
+        remote = RemoteCandidate(Kind.SRFLX, address, never_added_priority(Kind.SRFLX, address), provisional=True)
+        self._remotes.append(remote)
+        self._pair_remote(remote, now)
 
     def _pair_remote(self, remote: RemoteCandidate, now: float) -> bool:
         """Form pairs with every local candidate that can be checked from; true when there was any new one."""

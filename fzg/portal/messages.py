@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import binascii
 import logging
-from ipaddress import AddressValueError, IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
+from ipaddress import AddressValueError, IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeAlias
 
 import msgspec
@@ -186,6 +186,12 @@ class Client(msgspec.Struct, frozen=True, kw_only=True):
     ipv6: Ipv6
 
 
+class ClientAddress(bytes):
+    """The public address from which the client reached the portal, packed; empty when the portal does not say."""
+
+    __slots__ = ()
+
+
 class IngestToken:
     """The flow-log token of one authorization; `secret` is None when the portal sent something that is not text."""
 
@@ -228,6 +234,7 @@ class CreateAuthorization(msgspec.Struct, frozen=True, kw_only=True):
     expires_at: UnixTime | None = None
     use_iceless: bool = False
     flow_logs_ingest_token: IngestToken | None = None
+    address: ClientAddress = msgspec.field(name="subject", default=ClientAddress())
 
     def acknowledgement(self) -> AuthorizationCreated | FlowAuthorized:
         """The answer, under the name that belongs to the request's (3.1)."""
@@ -480,6 +487,14 @@ def _filters_closed(value: object) -> Filters:
     return Filters(filters)
 
 
+def _client_address(value: object) -> ClientAddress:
+    address = value.get("ip") if isinstance(value, dict) else None
+    try:
+        return ClientAddress(ip_address(address).packed) if isinstance(address, str) else ClientAddress()
+    except ValueError:
+        return ClientAddress()  # a hint: what cannot be read is as good as none
+
+
 def _ingest_token(value: object) -> IngestToken:
     if isinstance(value, str):
         return IngestToken(Secret(value))
@@ -504,6 +519,7 @@ _HOOKS: dict[Any, Callable[[object], object]] = {
     Relays: _relays,
     Candidates: _candidates,
     Filters: _filters,
+    ClientAddress: _client_address,
     IngestToken: _ingest_token,
 }
 

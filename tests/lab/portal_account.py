@@ -422,7 +422,13 @@ class Account:
             "expires_at": expires_at,
             "use_iceless": iceless,
             "flow_logs_ingest_token": self._flow_log_token("responder", device, gateway.device, resource, expires_at),
-            "subject": {"actor_id": _ACTOR, "actor_name": "Lab", "actor_email": None, "actor_type": "service_account"},
+            "subject": {
+                "actor_id": _ACTOR,
+                "actor_name": "Lab",
+                "actor_email": None,
+                "actor_type": "service_account",
+                "ip": str(client.connection.remote_address[0]) if client else None,
+            },
         } | (changes or {})
         answer = {
             "resource_id": resource.id,
