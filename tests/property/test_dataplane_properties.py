@@ -6,12 +6,12 @@ import random
 import socket
 import struct
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fzg.dataplane.engine import Datagram, InnerPacket, OutboundPacket, Rewrite
 from fzg.dataplane.flows import Flow, flow_key, pack_key
-from fzg.dataplane.pure import PureEngine
 from fzg.dataplane.replay import ReplayWindow
 from fzg.dataplane.sessions import Peer
 from fzg.sansio import Transmit
@@ -31,11 +31,14 @@ from tests.unit.dataplane_world import (
     SYN,
     World,
     checksums_are_valid,
+    each_engine,  # noqa: F401
     echo,
     key_of,
     tcp,
     udp,
 )
+
+pytestmark = pytest.mark.usefixtures("each_engine")
 
 addresses = st.sampled_from([
     {"source": CLIENT4, "destination": SERVER4}, {"source": CLIENT6, "destination": SERVER6},
@@ -238,7 +241,7 @@ def test_a_flow_translates_as_the_policy_does(
 
 @given(st.binary(max_size=1400), st.integers(0, 3), st.sampled_from([CLIENT, Endpoint(bytes((203, 0, 113, 3)), 3478)]))
 def test_no_datagram_raises_and_none_vanishes_unless_it_is_ours(data: bytes, shape: int, source: Endpoint) -> None:
-    engine = PureEngine()
+    engine = World.engine()
     engine.add_session(1, 7, 8, receive_key=bytes(32), send_key=bytes(32), now=1.0)
     engine.set_channel(Endpoint(bytes((203, 0, 113, 3)), 3478), 0x4000, usable=True)
     message = b"\4\0\0\0\7\0\0\0" + data

@@ -1,4 +1,7 @@
-"""Packets made by a naive builder, sockets that record or refuse, and two engines that talk to each other."""
+"""Packets made by a naive builder, sockets that record or refuse, and two engines that talk to each other.
+
+`pytestmark = pytest.mark.usefixtures("each_engine")` lets a module's tests run once for each engine there is.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,34 @@ import errno
 import os
 import socket
 import struct
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import pytest
+
+from fzg.dataplane import flows, pure, tun_offload, udp_offload
 from fzg.dataplane.engine import Datagram, FlowKey, InnerPacket, Rewrite
 from fzg.dataplane.pure import PureEngine
 from fzg.wire.endpoint import Endpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+
+try:
+    from fzg.dataplane._native import NativeEngine
+except ImportError:
+    if os.environ.get("FZG_REQUIRE_NATIVE") == "1":
+        raise
+    NativeEngine = None  # type: ignore[assignment,misc]
+
+ENGINES: list[Any] = [PureEngine, *([NativeEngine] if NativeEngine else [])]
+# What `World.limit` names, in the engine in Python.
+_LIMITS = {
+    "flows": (flows, "MAX_FLOWS"),
+    "tun_packets": (tun_offload, "_MAX_QUEUED"),
+    "data": (udp_offload, "_MAX_QUEUED_DATA"),
+    "control": (udp_offload, "_MAX_QUEUED_CONTROL"),
+    "turn": (pure, "_TURN_PACKETS"),
+}
 
 CLIENT4, SERVER4 = bytes((100, 64, 0, 9)), bytes((10, 0, 0, 5))
 CLIENT6, SERVER6 = bytes.fromhex("fd002021111100000000000000000009"), bytes.fromhex("20010db8000000000000000000000005")
@@ -192,10 +215,13 @@ class World:
     """A gateway's engine and a client's, sharing keys; the gateway has a TUN and two sockets in memory."""
 
     PEER = 5
+    engine: ClassVar[Callable[[], Any]] = PureEngine
+    """What makes the gateway's engine; the client's is the one in Python."""
 
     def __init__(self, *, vnet_hdr: bool = True, offloads: bool = True, segmentation: bool = True,
-                 engine: Callable[[], Any] = PureEngine) -> None:  # fmt: skip
-        self.gateway, self.client = engine(), PureEngine()
+                 families: tuple[int, ...] = (socket.AF_INET, socket.AF_INET6),
+                 engine: Callable[[], Any] | None = None) -> None:  # fmt: skip
+        self.gateway, self.client = (engine or type(self).engine)(), PureEngine()
         tun, self.kernel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         for end in (tun, self.kernel):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
@@ -203,14 +229,33 @@ class World:
         self.vnet_hdr = vnet_hdr
         self.udp4, self.udp6 = FakeUdp(), FakeUdp()
         self.gateway.attach_tun(tun.fileno(), vnet_hdr=vnet_hdr, offloads=offloads)
-        self.gateway.attach_udp(socket.AF_INET, self.udp4, port=52625, segmentation=segmentation)
-        self.gateway.attach_udp(socket.AF_INET6, self.udp6, port=52625, segmentation=segmentation)
+        for family, fake in ((socket.AF_INET, self.udp4), (socket.AF_INET6, self.udp6)):
+            if family in families:
+                self.attach(family, fake, port=52625, segmentation=segmentation)
         self.handshake()
         self.gateway.set_path(self.PEER, GATEWAY.ip, CLIENT, None)
 
     def close(self) -> None:
         self.tun.close()
         self.kernel.close()
+
+    def attach(self, family: int, fake: FakeUdp, **options: Any) -> None:
+        attach = self.gateway.attach_udp if isinstance(self.gateway, PureEngine) else self.gateway.play_udp
+        attach(family, fake, **options)
+
+    def play_tun(self, monkeypatch: pytest.MonkeyPatch, calls: Any) -> None:
+        """Let `calls` answer for the TUN's descriptor."""
+        if isinstance(self.gateway, PureEngine):
+            monkeypatch.setattr(tun_offload, "os", calls)
+        else:
+            self.gateway.play_tun(calls)
+
+    def limit(self, monkeypatch: pytest.MonkeyPatch, **limits: int) -> None:
+        """Make tables, queues or turns smaller than usual."""
+        for name, value in limits.items():
+            monkeypatch.setattr(*_LIMITS[name], value)
+        if not isinstance(self.gateway, PureEngine):
+            self.gateway.limit(**limits)
 
     def handshake(self, number: int = 1, *, use: bool = True, peer: int = PEER) -> None:
         to_gateway, to_client = (bytes((number, way, peer)) + bytes(29) for way in (1, 2))
@@ -275,3 +320,11 @@ class World:
     @property
     def counters(self) -> dict[str, int]:
         return dict(self.gateway.counters())
+
+
+@pytest.fixture(scope="module", params=ENGINES, ids=[engine.__name__ for engine in ENGINES])
+def each_engine(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Worlds without an engine of their own get this one; for the whole module, as hypothesis wants it."""
+    World.engine = request.param
+    yield
+    World.engine = PureEngine

@@ -9,14 +9,16 @@ import pytest
 
 from fzg.dataplane.aead import Aead, SodiumAead
 from fzg.dataplane.engine import Datagram, InnerPacket, SessionConfirmed
-from fzg.dataplane.pure import PureEngine
 from fzg.dataplane.replay import ReplayWindow
 from fzg.tunnel.tunnel import Drop, Tunnel
 from fzg.wire.endpoint import Endpoint
-from tests.unit.dataplane_world import CLIENT, CLIENT6, GATEWAY, GATEWAY6, SERVER6, World, ip, tcp, udp
+from tests.unit.dataplane_world import CLIENT, CLIENT6, GATEWAY, GATEWAY6, SERVER6, World, each_engine, ip, tcp, udp  # noqa: F401
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+pytestmark = pytest.mark.usefixtures("each_engine")
 
 
 @pytest.fixture
@@ -37,7 +39,7 @@ KEEPALIVE = bytes.fromhex("04000000015634120000000000000000f1bce9fd9651b3f6b50c0
 
 
 def test_the_specifications_keepalive_confirms_the_session_and_is_not_passed_on():
-    engine = PureEngine()
+    engine = World.engine()
     engine.add_session(1, 0x12345601, 0x000ABC01, receive_key=CLIENT_SENDS, send_key=CLIENT_RECEIVES, now=1.0)
     assert engine.handle_datagram(Datagram(KEEPALIVE, CLIENT, GATEWAY, 0), 2.0) == [SessionConfirmed(0x12345601)]
     assert engine.handle_datagram(Datagram(KEEPALIVE, CLIENT, GATEWAY, 0), 2.0) == []
@@ -45,7 +47,7 @@ def test_the_specifications_keepalive_confirms_the_session_and_is_not_passed_on(
 
 
 def test_the_client_side_makes_exactly_that_keepalive():
-    engine = PureEngine()
+    engine = World.engine()
     engine.add_session(1, 0x000ABC01, 0x12345601, receive_key=CLIENT_RECEIVES, send_key=CLIENT_SENDS, now=1.0)
     engine.use_session(1, 0x000ABC01)
     assert engine.seal(1, b"", 1.0) == KEEPALIVE
@@ -117,7 +119,7 @@ def test_data_goes_out_on_the_older_session_until_the_core_switches(world: World
 
 @pytest.mark.spec("CONN-71")
 def test_a_session_that_was_only_added_sends_nothing():
-    engine = PureEngine()
+    engine = World.engine()
     engine.add_session(1, 0x12345601, 0x000ABC01, receive_key=CLIENT_SENDS, send_key=CLIENT_RECEIVES, now=1.0)
     assert engine.seal(1, udp(), 1.0) is None
     assert engine.seal(2, udp(), 1.0) is None

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fzg.dataplane import tun_offload
 from fzg.dataplane.engine import OutboundPacket, Rewrite
 from tests.unit.dataplane_world import (
     ACK,
@@ -24,6 +23,7 @@ from tests.unit.dataplane_world import (
     UDP,
     World,
     checksums_are_valid,
+    each_engine,  # noqa: F401
     ip,
     naive_checksum,
     pseudo_header,
@@ -33,6 +33,8 @@ from tests.unit.dataplane_world import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+pytestmark = pytest.mark.usefixtures("each_engine")
 
 V4 = {"source": CLIENT4, "destination": SERVER4}
 V6 = {"source": CLIENT6, "destination": SERVER6}
@@ -352,9 +354,9 @@ def is_merged(data: bytes) -> bool:
     return data[1] != 0
 
 
-def device(monkeypatch: pytest.MonkeyPatch, rule) -> Device:
+def device(world: World, monkeypatch: pytest.MonkeyPatch, rule) -> Device:
     fake = Device(rule)
-    monkeypatch.setattr(tun_offload, "os", fake)
+    world.play_tun(monkeypatch, fake)
     return fake
 
 
@@ -362,7 +364,7 @@ def test_a_kernel_that_refuses_merged_writes_loses_nothing_and_sees_no_second_on
     world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level("INFO")
-    fake = device(monkeypatch, lambda data: errno.EINVAL if is_merged(data) else 0)
+    fake = device(world, monkeypatch, lambda data: errno.EINVAL if is_merged(data) else 0)
     packets = [*stream(3, sport=1), *stream(3, sport=2)]
     for packet in packets:
         world.gateway.write_tun(packet)
@@ -377,7 +379,7 @@ def test_a_kernel_that_refuses_merged_writes_loses_nothing_and_sees_no_second_on
 
 
 def test_a_packet_that_is_refused_by_itself_does_not_end_merging(world: World, monkeypatch: pytest.MonkeyPatch):
-    fake = device(monkeypatch, lambda data: errno.EINVAL)
+    fake = device(world, monkeypatch, lambda data: errno.EINVAL)
     for packet in stream(3):
         world.gateway.write_tun(packet)
     assert world.gateway.flush()
@@ -391,7 +393,7 @@ def test_a_packet_that_is_refused_by_itself_does_not_end_merging(world: World, m
 
 
 def test_another_write_error_drops_that_write_only(world: World, monkeypatch: pytest.MonkeyPatch):
-    fake = device(monkeypatch, lambda data: errno.EIO if is_merged(data) else 0)
+    fake = device(world, monkeypatch, lambda data: errno.EIO if is_merged(data) else 0)
     for packet in (*stream(3), udp()):
         world.gateway.write_tun(packet)
     assert world.gateway.flush()
@@ -400,7 +402,7 @@ def test_another_write_error_drops_that_write_only(world: World, monkeypatch: py
 
 
 def test_a_full_device_keeps_the_rest_queued_in_order(world: World, monkeypatch: pytest.MonkeyPatch):
-    fake = device(monkeypatch, lambda data: errno.EAGAIN if fake.writes else 0)
+    fake = device(world, monkeypatch, lambda data: errno.EAGAIN if fake.writes else 0)
     packets = [udp(), *stream(3), udp(b"last")]
     for packet in packets[:4]:
         world.gateway.write_tun(packet)
@@ -414,7 +416,7 @@ def test_a_full_device_keeps_the_rest_queued_in_order(world: World, monkeypatch:
 
 
 def test_the_queue_is_bounded(world: World, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tun_offload, "_MAX_QUEUED", 3)
+    world.limit(monkeypatch, tun_packets=3)
     for packet in stream(5):
         world.gateway.write_tun(packet)
     assert world.counters["drop_tun_queue_full"] == 2

@@ -1,0 +1,64 @@
+#include "arena.h"
+
+#include <stdlib.h>
+
+/* Chunks kept for reuse: more than one turn fills, 2 MB. */
+enum { MAX_SPARES = 16 };
+
+uint8_t *arena_reserve(struct arena *arena, size_t size)
+{
+    struct chunk *chunk = arena->current;
+    if (chunk && chunk->used + size <= CHUNK_SIZE)
+        return chunk->octets + chunk->used;
+    if (size > CHUNK_SIZE)
+        return NULL;
+    if (arena->spare) {
+        chunk = arena->spare;
+        arena->spare = chunk->next;
+        arena->spares--;
+    } else {
+        chunk = malloc(sizeof *chunk);
+        if (!chunk)
+            return NULL;
+    }
+    chunk->references = 0;
+    chunk->used = 0;
+    arena->current = chunk; /* the one before has references, or it would have been empty */
+    return chunk->octets;
+}
+
+struct chunk *arena_commit(struct arena *arena, size_t size)
+{
+    struct chunk *chunk = arena->current;
+    chunk->used += (uint32_t)size;
+    chunk->references++;
+    return chunk;
+}
+
+void arena_release(struct arena *arena, struct chunk *chunk)
+{
+    if (--chunk->references)
+        return;
+    chunk->used = 0;
+    if (chunk == arena->current)
+        return;
+    if (arena->spares >= MAX_SPARES) {
+        free(chunk);
+        return;
+    }
+    chunk->next = arena->spare;
+    arena->spare = chunk;
+    arena->spares++;
+}
+
+void arena_free(struct arena *arena)
+{
+    free(arena->current);
+    while (arena->spare) {
+        struct chunk *next = arena->spare->next;
+        free(arena->spare);
+        arena->spare = next;
+    }
+    arena->current = NULL;
+    arena->spares = 0;
+}

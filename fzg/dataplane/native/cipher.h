@@ -1,0 +1,29 @@
+/* ChaCha20-Poly1305 (RFC 8439) with WireGuard's nonces, by the libcrypto that the interpreter has loaded. */
+#ifndef FZG_CIPHER_H
+#define FZG_CIPHER_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+enum { KEY_SIZE = 32, TAG_SIZE = 16 };
+
+/* One key for one direction; libcrypto's context is made at first use, as most sessions only ever carry a few packets. */
+struct cipher {
+    uint8_t key[KEY_SIZE];
+    void *context;
+};
+
+/* Finds libcrypto's functions in the shared object `path` or what it depends on; false if they are not there. */
+bool cipher_load(const char *path);
+
+void cipher_init(struct cipher *cipher, const uint8_t key[KEY_SIZE]);
+void cipher_wipe(struct cipher *cipher);
+
+/* Encrypts `size` bytes from `plain` to `sealed`, which may be the same place, and appends the tag. False: no memory. */
+bool cipher_seal(struct cipher *cipher, uint64_t counter, const uint8_t *plain, size_t size, uint8_t *sealed);
+
+/* Decrypts `size` bytes, tag included, from `sealed` to `plain`; false, with `plain` undefined, if they are not genuine. */
+bool cipher_open(struct cipher *cipher, uint64_t counter, const uint8_t *sealed, size_t size, uint8_t *plain);
+
+#endif

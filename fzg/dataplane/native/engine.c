@@ -1,0 +1,595 @@
+#include "engine.h"
+
+#include <stdlib.h>
+
+enum {
+    /* Packets of one turn, after which other sockets get theirs: near half a millisecond of this engine's time. */
+    TURN_PACKETS = 512,
+    /* Packets queued at which a turn that goes on writes them first: some full super-packets. */
+    FLUSH_PACKETS = 128,
+    /* A flood of them costs some 20 MB and no more; more than the policy can decide in their second of life. */
+    MAX_FLOWS = 65536,
+    CHANNEL_SURPLUS = 3, /* bytes of padding that some servers send, spec turn 3.3 */
+};
+
+bool engine_init(struct engine *engine, const struct seed *seed)
+{
+    memset(engine, 0, sizeof *engine);
+    engine->state.seed = *seed;
+    engine->state.max_flows = MAX_FLOWS;
+    engine->turn_packets = TURN_PACKETS;
+    tun_init(&engine->tun);
+    udp_init(&engine->udp[0]);
+    udp_init(&engine->udp[1]);
+    engine->read = malloc(READ_BUFFER_SIZE);
+    return receiver_init(&engine->receiver) && engine->read;
+}
+
+void engine_free(struct engine *engine)
+{
+    engine_end_turn(engine);
+    state_free(&engine->state);
+    tun_free(&engine->tun);
+    udp_free(&engine->udp[0]);
+    udp_free(&engine->udp[1]);
+    receiver_free(&engine->receiver);
+    arena_free(&engine->turn.arena);
+    free(engine->turn.events);
+    free(engine->turn.missed);
+    free(engine->read);
+}
+
+/* -- turns. */
+
+static void begin_turn(struct engine *engine, double now)
+{
+    engine->turn.now = now;
+    engine->turn.packets = 0;
+}
+
+void engine_end_turn(struct engine *engine)
+{
+    struct turn *turn = &engine->turn;
+    for (uint32_t i = 0; i < turn->event_count; i++)
+        if (turn->events[i].chunk)
+            arena_release(&turn->arena, turn->events[i].chunk);
+    turn->event_count = 0;
+    turn->missed_count = 0;
+}
+
+static struct event *add_event(struct engine *engine, enum event_kind kind)
+{
+    struct turn *turn = &engine->turn;
+    if (turn->event_count == turn->event_capacity) {
+        uint32_t capacity = turn->event_capacity ? 2 * turn->event_capacity : 64;
+        struct event *events = realloc(turn->events, capacity * sizeof *events);
+        if (!events) {
+            engine->counters.drop_no_memory++;
+            return NULL;
+        }
+        turn->events = events;
+        turn->event_capacity = capacity;
+    }
+    struct event *event = &turn->events[turn->event_count++];
+    *event = (struct event){.kind = kind};
+    return event;
+}
+
+/* An event with room for `size` octets, to be filled by the caller. */
+static uint8_t *add_packet_event(struct engine *engine, enum event_kind kind, uint32_t size, struct event **made)
+{
+    uint8_t *octets = arena_reserve(&engine->turn.arena, size);
+    struct event *event = octets ? add_event(engine, kind) : NULL;
+    if (!event)
+        return NULL;
+    event->octets = octets;
+    event->size = size;
+    event->chunk = arena_commit(&engine->turn.arena, size);
+    *made = event;
+    return octets;
+}
+
+static bool has_missed(const struct turn *turn, const struct flow_key *key, uint64_t hash)
+{
+    if (!turn->missed_count)
+        return false;
+    uint32_t index = turn->newest_missed[hash % MISSED_BUCKETS];
+    while (index != NO_INDEX && !(turn->missed[index].hash == hash && key_equals(&turn->missed[index].key, key)))
+        index = turn->missed[index].older;
+    return index != NO_INDEX;
+}
+
+static void add_missed(struct engine *engine, const struct flow_key *key, uint64_t hash)
+{
+    struct turn *turn = &engine->turn;
+    if (has_missed(turn, key, hash))
+        return;
+    if (turn->missed_count == turn->missed_capacity) {
+        uint32_t capacity = turn->missed_capacity ? 2 * turn->missed_capacity : 64;
+        struct missed *missed = realloc(turn->missed, capacity * sizeof *missed);
+        if (!missed) {
+            engine->counters.drop_no_memory++;
+            return;
+        }
+        turn->missed = missed;
+        turn->missed_capacity = capacity;
+    }
+    if (!turn->missed_count)
+        memset(turn->newest_missed, 0xFF, sizeof turn->newest_missed);
+    uint32_t *newest = &turn->newest_missed[hash % MISSED_BUCKETS];
+    turn->missed[turn->missed_count] = (struct missed){*key, hash, *newest};
+    *newest = turn->missed_count++;
+}
+
+/* A packet that its flow does not cover goes to the policy; the report of one that is over comes before it. */
+static void miss(struct engine *engine, const struct flow_key *key, uint64_t hash, struct flow *flow)
+{
+    struct report report;
+    add_missed(engine, key, hash);
+    if (!flow || flow->valid_until > engine->turn.now || !state_lapse_flow(&engine->state, flow, &report))
+        return;
+    struct event *event = add_event(engine, EVENT_FLOW_REPORT);
+    if (event)
+        event->report = report;
+}
+
+/* -- from UDP to the TUN. */
+
+static void forward(struct engine *engine, struct flow *flow, uint8_t *packet, uint32_t length, uint8_t ecn)
+{
+    if (!engine->tun.attached) {
+        engine->counters.drop_tun_not_attached++;
+        return;
+    }
+    flow_count(flow, 1, packet_payload(packet, length, &flow->key), engine->turn.now);
+    if (flow->is_translated)
+        translation_apply(&flow->translation, packet);
+    if (ecn == ECN_CE)
+        packet_mark_ce(packet);
+    tun_queue(&engine->tun, length, &flow->translated_key, flow->translated_hash, flow->peer->handle);
+}
+
+/* Forward the decrypted packet by its flow or hand it to the policy; padding is cut (spec connectivity 5.7). */
+static void take_inner(struct engine *engine, struct peer *peer, uint8_t *plain, uint32_t size,
+                       const struct arrival *arrival)
+{
+    uint32_t length;
+    uint8_t version = plain[0] >> 4;
+    if (version == 4 && size >= IPV4_HEADER) {
+        length = load_be16(plain + 2);
+    } else if (version == 6 && size >= IPV6_HEADER) {
+        length = load_be16(plain + 4) + (uint32_t)IPV6_HEADER;
+    } else {
+        engine->counters.drop_inner_not_ip++;
+        return;
+    }
+    if (length > size) {
+        engine->counters.drop_inner_truncated++;
+        return;
+    }
+    if (length > MTU) {
+        engine->counters.drop_inner_oversized++;
+        return;
+    }
+    struct flow_key key;
+    if (packet_key(plain, length, &key)) {
+        uint64_t hash = key_hash(&engine->state.seed, &key);
+        struct flow *flow = state_inbound_flow(&engine->state, peer, &key, hash);
+        if (flow && flow_admits(flow, plain, engine->turn.now) && !has_missed(&engine->turn, &key, hash)) {
+            forward(engine, flow, plain, length, arrival->ecn);
+            return;
+        }
+        miss(engine, &key, hash, flow);
+    }
+    struct event *event;
+    uint8_t *packet = add_packet_event(engine, EVENT_INNER_PACKET, length, &event);
+    if (!packet)
+        return;
+    memcpy(packet, plain, length);
+    event->peer = peer->handle;
+    event->ecn = arrival->ecn;
+    event->source = arrival->source;
+    event->local = arrival->local;
+}
+
+/* Settle one datagram, or say that it is not one of ours. */
+static bool open_datagram(struct engine *engine, const uint8_t *datagram, uint32_t size, const struct arrival *arrival)
+{
+    if (size >= CHANNEL_HEADER && datagram[0] >> 4 == 4) { /* ChannelData: the first byte is 0x40 to 0x4F */
+        uint32_t length = load_be16(datagram + 2);
+        if (length > size - CHANNEL_HEADER || size - CHANNEL_HEADER - length > CHANNEL_SURPLUS
+            || !state_has_channel(&engine->state, &arrival->source, load_be16(datagram)))
+            return false;
+        datagram += CHANNEL_HEADER;
+        size = length;
+    }
+    if (size < DATA_OVERHEAD || load_le32(datagram) != DATA_TYPE)
+        return false;
+    struct session *session = state_session(&engine->state, load_le32(datagram + 4));
+    if (!session)
+        return false;
+
+    uint64_t counter = load_le64(datagram + 8);
+    if (!window_accepts(&session->window, counter)) {
+        engine->counters.drop_replayed++;
+        return true;
+    }
+    uint8_t *plain = tun_reserve(&engine->tun, size);
+    if (!plain) {
+        engine->counters.drop_no_memory++;
+        return true;
+    }
+    if (!cipher_open(&session->receiving, counter, datagram + DATA_HEADER, size - DATA_HEADER, plain)) {
+        engine->counters.drop_undecryptable++;
+        return true;
+    }
+    window_mark(&session->window, counter);
+    if (!session->confirmed) {
+        struct event *event = add_event(engine, EVENT_CONFIRMED);
+        session->confirmed = event != NULL;
+        if (event)
+            event->local_index = session->local_index;
+    }
+    size -= DATA_OVERHEAD;
+    if (!size) {
+        peer_note_received(session->peer, engine->turn.now);
+        return true;
+    }
+    session_note_data_received(session, engine->turn.now);
+    take_inner(engine, session->peer, plain, size, arrival);
+    return true;
+}
+
+static void take_arrival(struct engine *engine, const struct arrival *arrival, bool copy)
+{
+    for (uint32_t offset = 0; offset < arrival->length; offset += arrival->stride) {
+        const uint8_t *datagram = arrival->octets + offset;
+        uint32_t left = arrival->length - offset, size = left < arrival->stride ? left : arrival->stride;
+        engine->turn.packets++;
+        if (size > MAX_DATAGRAM) {
+            engine->counters.drop_udp_oversized++;
+            continue;
+        }
+        if (open_datagram(engine, datagram, size, arrival))
+            continue;
+        struct event *event;
+        if (copy) {
+            uint8_t *octets = add_packet_event(engine, EVENT_DATAGRAM, size, &event);
+            if (!octets)
+                continue;
+            memcpy(octets, datagram, size);
+        } else {
+            event = add_event(engine, EVENT_DATAGRAM);
+            if (!event)
+                continue;
+            event->octets = datagram;
+            event->size = size;
+        }
+        event->ecn = arrival->ecn;
+        event->source = arrival->source;
+        event->local = arrival->local;
+    }
+}
+
+int engine_receive_udp(struct engine *engine, bool is_ipv4, double now)
+{
+    struct udp_port *port = engine_udp(engine, is_ipv4);
+    int64_t budget = engine->turn_packets;
+    begin_turn(engine, now);
+    while (budget > 0) {
+        unsigned wanted = budget < RECEIVE_MESSAGES ? (unsigned)budget : RECEIVE_MESSAGES;
+        int count = udp_receive(port, &engine->receiver, wanted);
+        if (count == -EAGAIN || count == 0)
+            break;
+        if (count < 0) {
+            if (!udp_receive_failed(port, -count))
+                return count;
+            budget--;
+            continue;
+        }
+        for (int i = 0; i < count; i++) {
+            struct arrival arrival;
+            if (!udp_arrival(port, &engine->receiver, (unsigned)i, &arrival)) {
+                budget--; /* an empty datagram, or one that was counted and dropped */
+                continue;
+            }
+            uint32_t before = engine->turn.packets;
+            take_arrival(engine, &arrival, true);
+            budget -= engine->turn.packets - before;
+            engine->counters.udp_rx_packets += engine->turn.packets - before;
+            engine->counters.udp_rx_bytes += arrival.length;
+            engine->counters.udp_rx_calls++;
+        }
+        if ((unsigned)count < wanted)
+            break;
+        if (budget > 0 && engine->tun.queued >= FLUSH_PACKETS && !tun_flush(&engine->tun))
+            break;
+    }
+    return 0;
+}
+
+void engine_handle_datagram(struct engine *engine, const struct arrival *datagram, double now)
+{
+    begin_turn(engine, now);
+    take_arrival(engine, datagram, false);
+}
+
+/* -- from the TUN to UDP. */
+
+static bool seal(struct session *session, const uint8_t *packet, uint32_t size, uint8_t *message)
+{
+    uint64_t counter = session->next_counter;
+    if (counter == UINT64_MAX)
+        return false;
+    session->next_counter = counter + 1; /* also if it fails: no nonce is ever used twice */
+    store_le32(message, DATA_TYPE);
+    store_le32(message + 4, session->remote_index);
+    store_le64(message + 8, counter);
+    return cipher_seal(&session->sending, counter, packet, size, message + DATA_HEADER);
+}
+
+bool engine_seal(struct engine *engine, struct peer *peer, const uint8_t *packet, uint32_t size, double now,
+                 uint8_t *message)
+{
+    (void)engine;
+    struct session *session = peer->current;
+    if (!session || size > MTU)
+        return false;
+    if (size)
+        session_note_data_sent(session, now);
+    else
+        peer_note_sent(peer, now);
+    return seal(session, packet, size, message);
+}
+
+/* The flow that covers a packet now, if its client can be sent to; a miss holds for the rest of the turn. */
+static struct flow *hit(struct engine *engine, const uint8_t *packet, uint32_t length)
+{
+    struct flow_key key;
+    if (!packet_key(packet, length, &key))
+        return NULL;
+    uint64_t hash = key_hash(&engine->state.seed, &key);
+    struct flow *flow = state_outbound_flow(&engine->state, &key, hash);
+    if (flow && flow_admits(flow, packet, engine->turn.now) && flow->peer->path.known && flow->peer->current
+        && !has_missed(&engine->turn, &key, hash))
+        return flow;
+    miss(engine, &key, hash, flow);
+    return NULL;
+}
+
+/* The client's way out: NULL if there is no socket of its family. */
+static struct udp_port *way_out(struct engine *engine, const struct peer *peer, uint8_t ecn, struct route *route)
+{
+    const struct path *path = &peer->path;
+    struct udp_port *port = engine_udp(engine, path->destination.size == 4);
+    *route = (struct route){
+        .destination = &path->destination,
+        .hash = endpoint_hash(&engine->state.seed, &path->destination),
+        .source = path->has_source ? path->source : NULL,
+        .ecn = ecn,
+        .owner = peer->handle,
+    };
+    return port->attached ? port : NULL;
+}
+
+/* Seal one packet and queue it. `super`: it is segment `index` of that; otherwise `packet` is the whole. */
+static void send_packet(struct engine *engine, struct udp_port *port, const struct route *route, struct peer *peer,
+                        const struct super_packet *super, uint32_t index, const uint8_t *packet, uint32_t size)
+{
+    uint32_t channel = peer->path.channel < 0 ? 0 : CHANNEL_HEADER, total = channel + size + DATA_OVERHEAD;
+    if (!udp_has_room(port, route->owner))
+        return;
+    uint8_t *octets = udp_reserve(port, total);
+    if (!octets) {
+        engine->counters.drop_no_memory++;
+        return;
+    }
+    uint8_t *message = octets + channel;
+    if (channel) {
+        store_be16(octets, (uint32_t)peer->path.channel);
+        store_be16(octets + 2, size + DATA_OVERHEAD);
+    }
+    if (super) {
+        super_packet_segment(super, index, message + DATA_HEADER);
+        packet = message + DATA_HEADER;
+    }
+    if (!seal(peer->current, packet, size, message)) {
+        engine->counters.drop_no_memory++;
+        return;
+    }
+    udp_queue(port, total, route);
+}
+
+/* Handle one packet, which may be changed. `original`: the same octets for an event to name, if they outlive the turn. */
+static void take_packet(struct engine *engine, uint8_t *packet, uint32_t length, const uint8_t *original)
+{
+    struct flow *flow = hit(engine, packet, length);
+    if (!flow) {
+        struct event *event;
+        if (original) {
+            event = add_event(engine, EVENT_OUTBOUND_PACKET);
+            if (event) {
+                event->octets = original;
+                event->size = length;
+            }
+            return;
+        }
+        uint8_t *octets = add_packet_event(engine, EVENT_OUTBOUND_PACKET, length, &event);
+        if (octets)
+            memcpy(octets, packet, length);
+        return;
+    }
+    struct route route;
+    struct peer *peer = flow->peer;
+    struct udp_port *port = way_out(engine, peer, packet_ecn(packet), &route);
+    if (!port) {
+        engine->counters.drop_udp_no_socket++;
+        return;
+    }
+    if (flow->is_translated)
+        translation_apply(&flow->translation, packet);
+    flow_count(flow, 1, packet_payload(packet, length, &flow->key), engine->turn.now);
+    send_packet(engine, port, &route, peer, NULL, 0, packet, length);
+    session_note_data_sent(peer->current, engine->turn.now);
+}
+
+static void take_super_packet(struct engine *engine, uint8_t *packet, uint32_t length, const struct vnet *vnet)
+{
+    struct super_packet super;
+    if (!super_packet_init(&super, packet, length, vnet)) {
+        engine->counters.drop_tun_malformed++;
+        return;
+    }
+    engine->turn.packets += super.segments;
+    struct flow *flow = hit(engine, packet, length);
+    if (!flow) {
+        for (uint32_t i = 0; i < super.segments; i++) {
+            struct event *event;
+            uint8_t *octets = add_packet_event(engine, EVENT_OUTBOUND_PACKET, super_packet_size(&super, i), &event);
+            if (octets)
+                super_packet_segment(&super, i, octets);
+        }
+        return;
+    }
+    struct route route;
+    struct peer *peer = flow->peer;
+    struct udp_port *port = way_out(engine, peer, packet_ecn(packet), &route);
+    if (!port) {
+        engine->counters.drop_udp_no_socket += super.segments;
+        return;
+    }
+    if (flow->is_translated) {
+        translation_apply(&flow->translation, packet);
+        super_packet_init(&super, packet, length, vnet);
+    }
+    flow_count(flow, super.segments, super.payload, engine->turn.now);
+    for (uint32_t i = 0; i < super.segments; i++)
+        send_packet(engine, port, &route, peer, &super, i, NULL, super_packet_size(&super, i));
+    session_note_data_sent(peer->current, engine->turn.now);
+}
+
+/* Handle what one read left in the buffer: a packet, or a super-packet that is decided on as one. */
+static void take_read(struct engine *engine, uint32_t length)
+{
+    uint8_t *packet = engine->read;
+    struct vnet vnet = {0};
+    if (engine->tun.vnet_hdr) {
+        if (length <= VNET_HEADER) {
+            engine->counters.drop_tun_malformed++;
+            return;
+        }
+        memcpy(&vnet, packet, VNET_HEADER);
+        packet += VNET_HEADER;
+        length -= VNET_HEADER;
+    }
+    engine->counters.tun_rx_bytes += length;
+    if (vnet.gso_type != GSO_NONE) {
+        take_super_packet(engine, packet, length, &vnet);
+        return;
+    }
+    if (length > MTU || (vnet.flags & VNET_NEEDS_CSUM && !vnet_complete_checksum(&vnet, packet, length))) {
+        engine->counters.drop_tun_malformed++;
+        return;
+    }
+    engine->turn.packets++;
+    take_packet(engine, packet, length, NULL);
+}
+
+static bool flush_udp(struct engine *engine)
+{
+    bool done = udp_flush(&engine->udp[0]);
+    return udp_flush(&engine->udp[1]) && done;
+}
+
+int engine_receive_tun(struct engine *engine, double now)
+{
+    struct tun_port *tun = &engine->tun;
+    int64_t budget = engine->turn_packets;
+    begin_turn(engine, now);
+    while (budget > 0) {
+        ssize_t length = tun->calls->read(tun->calls_context, tun->descriptor, engine->read, READ_BUFFER_SIZE);
+        if (length == -EAGAIN)
+            break;
+        if (length <= 0)
+            return length ? (int)length : -ENODEV;
+        uint32_t before = engine->turn.packets;
+        take_read(engine, (uint32_t)length);
+        uint32_t taken = engine->turn.packets - before;
+        budget -= taken ? taken : 1;
+        engine->counters.tun_rx_calls++;
+        engine->counters.tun_rx_packets += taken;
+        if (budget > 0 && engine->udp[0].queued + engine->udp[1].queued >= FLUSH_PACKETS && !flush_udp(engine))
+            break;
+    }
+    return 0;
+}
+
+void engine_handle_packet(struct engine *engine, const uint8_t *packet, uint32_t length, double now)
+{
+    begin_turn(engine, now);
+    if (length == 0 || length > MTU) {
+        engine->counters.drop_tun_malformed++;
+        return;
+    }
+    memcpy(engine->read, packet, length);
+    take_packet(engine, engine->read, length, packet);
+}
+
+/* -- for the core. */
+
+void engine_write_tun(struct engine *engine, const uint8_t *packet, uint32_t length)
+{
+    struct flow_key key;
+    if (!engine->tun.attached) {
+        engine->counters.drop_tun_not_attached++;
+        return;
+    }
+    uint8_t *octets = tun_reserve(&engine->tun, length);
+    if (!octets) {
+        engine->counters.drop_no_memory++;
+        return;
+    }
+    memcpy(octets, packet, length);
+    bool has_key = packet_key(packet, length, &key);
+    tun_queue(&engine->tun, length, has_key ? &key : NULL, has_key ? key_hash(&engine->state.seed, &key) : 0, CORE);
+}
+
+void engine_transmit(struct engine *engine, const struct endpoint *destination, const uint8_t *source, uint8_t ecn,
+                     const uint8_t *octets, uint32_t size)
+{
+    struct udp_port *port = engine_udp(engine, destination->size == 4);
+    if (!port->attached) {
+        engine->counters.drop_udp_no_socket++;
+        return;
+    }
+    if (!udp_has_room(port, CORE))
+        return;
+    uint8_t *room = udp_reserve(port, size);
+    if (!room) {
+        engine->counters.drop_no_memory++;
+        return;
+    }
+    memcpy(room, octets, size);
+    struct route route = {
+        .destination = destination,
+        .hash = endpoint_hash(&engine->state.seed, destination),
+        .source = source,
+        .ecn = ecn,
+        .owner = CORE,
+    };
+    udp_queue(port, size, &route);
+}
+
+void engine_revoke(struct engine *engine, struct peer *peer)
+{
+    state_revoke(&engine->state, peer);
+    engine->counters.drop_revoked += tun_purge(&engine->tun, peer->handle);
+    engine->counters.drop_revoked += udp_purge(&engine->udp[0], peer->handle);
+    engine->counters.drop_revoked += udp_purge(&engine->udp[1], peer->handle);
+}
+
+bool engine_flush(struct engine *engine)
+{
+    bool done = tun_flush(&engine->tun);
+    return flush_udp(engine) && done;
+}

@@ -1,0 +1,37 @@
+"""Which engine runs: the native one where it was built, else the one in Python."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING
+
+from fzg.dataplane.pure import PureEngine
+
+if TYPE_CHECKING:
+    from fzg.dataplane.engine import Engine
+
+_LOG = logging.getLogger(__name__)
+
+_ENVIRONMENT = "FIREZONE_ENGINE"  # `pure` or `native`, for tests and comparisons
+_DEFAULT = "pure"
+
+
+class EngineUnavailableError(Exception):
+    """The engine that was asked for cannot be had; the message says why."""
+
+
+def make_engine() -> Engine:
+    """A fresh engine. Raises `EngineUnavailableError` if it must be native and is not there."""
+    required = os.environ.get("FZG_REQUIRE_NATIVE") == "1"
+    wanted = os.environ.get(_ENVIRONMENT) or ("native" if required else _DEFAULT)
+    if wanted == "pure":
+        return PureEngine()
+    try:
+        from fzg.dataplane._native import NativeEngine
+    except ImportError as error:
+        if required or _ENVIRONMENT in os.environ:
+            raise EngineUnavailableError(f"the native packet engine is not there: {error}") from error
+        _LOG.info("Packets are handled in Python, several times slower: the native engine was not built")
+        return PureEngine()
+    return NativeEngine()
