@@ -109,7 +109,7 @@ def late():
     lab = Lab(start_gateway=False)
     with lab:
         for relay in lab.relays:
-            relay.delay(seconds=0.02)  # the nearer one would be the only choice, and noise would say which that is
+            relay.delay(seconds=0.1)  # the nearer one would be the only choice, and noise would say which that is
             lab.places[relay.name].namespace.nft(
                 "table ip6 deaf {\nchain input {\ntype filter hook input priority 0\nudp dport 3478 drop\n}\n}\n"
             )
