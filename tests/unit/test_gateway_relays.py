@@ -122,15 +122,30 @@ def test_what_turn_sends_goes_before_what_connections_send():
     assert 0x40 in [payload[0] for payload in sent]
 
 
-def test_a_migrated_connection_binds_its_remote_candidates_on_the_new_relay():
+def test_a_migrated_connection_binds_its_remote_candidates_on_the_new_relay_at_once():
     w = authorized()
     w.candidates(line("relay"))
     w.net.run(SETTLED)
+    old, log = serving(w), len(w.net.log)
+    w.relays_presence(gone=[old])
+    assert serving(w) is not old
+    sent = [
+        payload for _, _, target, payload in w.net.log[log:] if target == serving(w).v4 and payload[1] == CHANNEL_BIND
+    ]
+    assert len(sent) == 1
+    w.net.run(SETTLED)
+    assert gateway_binds(w, serving(w)) == [PEER]
+
+
+def test_a_migrated_relayed_path_leaves_through_the_new_relay_at_once():
+    w = relayed()
     old = serving(w)
     w.relays_presence(gone=[old])
-    w.net.run(SETTLED)
-    assert serving(w) is not old
-    assert gateway_binds(w, serving(w)) == [PEER]
+    path = w.gateway.engine._peers[w.connection.handle].path
+    assert (path.destination, path.source) == (serving(w).v4, None)
+    assert path.channel is not None
+    w.relays_presence(gone=[serving(w)])
+    assert w.gateway.engine._peers[w.connection.handle].path is None
 
 
 # -- relayed paths

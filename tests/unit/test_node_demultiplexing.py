@@ -116,6 +116,27 @@ def test_two_connections_with_one_local_ufrag_are_told_apart_by_the_remote_one()
     assert any(payload[8:20] == b"transaction2" for payload in sent_to(w, second))
 
 
+@pytest.mark.spec("CONN-3")
+@pytest.mark.parametrize("local", ["203.0.113.5", "203.0.113.6"])
+def test_a_check_is_answered_from_the_address_it_came_to(local):
+    """The second relay is reached from the gateway's second address, which makes that a host candidate too."""
+    w = world()
+    receive = w.gateway.receive
+
+    def arrive(payload, source, destination):
+        second = source == w.relays[1].v4
+        receive(payload, source, Endpoint.of("203.0.113.6", 52625) if second else destination)
+
+    w.gateway.receive = arrive
+    w.start()
+    w.gateway.on_frame = lambda message: None
+    w.authorize()
+    mark(w)
+    receive(check(w), STRANGER, Endpoint.of(local, 52625))
+    sources = [source for _, source, target, payload in w.net.log[w.mark :] if payload[8:20] == b"transaction1"]
+    assert sources == [Endpoint.of(local, 52625)]
+
+
 @pytest.mark.parametrize(("method", "kind"), [(1, INDICATION), (3, REQUEST), (4, SUCCESS)])
 def test_stun_that_is_no_binding_request_or_response_is_dropped(waiting, method, kind):
     w = waiting
