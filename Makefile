@@ -6,6 +6,7 @@ PYTHON ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+ENGINE := $(VENV)/.engine
 GATEWAY ?= $(PY) -m fzg
 ONLY ?=
 PYTEST := $(PY) -m pytest
@@ -18,16 +19,16 @@ TEST_PACKAGES := $(LAB_PACKAGES) $(BINARY_PACKAGES) setcap=libcap2-bin ping=iput
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(READY) ## the gateway at work in a laboratory of its own (GATEWAY=dist/firezone-gateway for the frozen file)
+demo: $(ENGINE) ## the gateway at work in a laboratory of its own (GATEWAY=dist/firezone-gateway for the frozen file)
 	@packaging/require $(LAB_PACKAGES) || echo "going on without them" >&2
 	@$(PY) -m tests.lab demo --gateway "$(GATEWAY)"
 
-test: $(READY) ## all tests that fit into a quarter of an hour
-	@packaging/require $(TEST_PACKAGES) $$($(PY) packaging/shared_python.py) || echo "going on without them: tests that need them say so" >&2
+test: $(ENGINE) ## all tests that fit into a quarter of an hour
+	@packaging/require $(TEST_PACKAGES) $$($(PY) packaging/python_packages.py library) || echo "going on without them: tests that need them say so" >&2
 	$(PYTEST) -m "not long"
 
-test-all: $(READY) ## all tests
-	@packaging/require $(TEST_PACKAGES) $$($(PY) packaging/shared_python.py) || echo "going on without them: tests that need them say so" >&2
+test-all: $(ENGINE) ## all tests
+	@packaging/require $(TEST_PACKAGES) $$($(PY) packaging/python_packages.py library) || echo "going on without them: tests that need them say so" >&2
 	$(PYTEST)
 
 lint: $(READY) ## ruff, mypy and the layers
@@ -36,12 +37,13 @@ lint: $(READY) ## ruff, mypy and the layers
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-bench: $(READY) ## figures as a table and as build/bench.json (ONLY=tcp1,connect_ms for some)
+bench: $(ENGINE) ## figures as a table and as build/bench.json (ONLY=tcp1,connect_ms for some)
 	@packaging/require $(LAB_PACKAGES)
 	@$(PY) -m tests.bench $(if $(ONLY),--only $(ONLY))
 
 binary: $(READY) ## dist/firezone-gateway, one file
-	@library=$$($(PY) packaging/shared_python.py) && packaging/require $(BINARY_PACKAGES) $$library
+	@library=$$($(PY) packaging/python_packages.py library) && packaging/require $(BINARY_PACKAGES) $$library
+	@$(MAKE) --no-print-directory $(ENGINE) FZG_REQUIRE_NATIVE=1
 	packaging/freeze $(PY)
 	@ls -l dist/firezone-gateway
 
@@ -55,4 +57,10 @@ clean: ## remove what the other targets made
 
 $(READY): requirements.lock pyproject.toml
 	@packaging/environment $(VENV) $(PYTHON)
+	@touch $@
+
+# Without a compiler the engine in Python does the work; FZG_REQUIRE_NATIVE=1 makes that an error.
+$(ENGINE): $(READY) $(wildcard setup.py fzg/dataplane/_native.pyx fzg/dataplane/native/*)
+	@packaging/require cc=gcc $$($(PY) packaging/python_packages.py headers) || echo "going on without a compiler" >&2
+	@test ! -e setup.py || FZG_REQUIRE_NATIVE=$(FZG_REQUIRE_NATIVE) $(PY) setup.py -q build_ext --inplace
 	@touch $@
