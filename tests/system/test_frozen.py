@@ -126,7 +126,7 @@ def test_a_node_that_only_root_may_open_is_told(namespace, portal, start, capabl
     assert "/dev/net/tun: no permission to open it" in line
 
 
-def test_it_needs_nothing_of_the_host_but_the_c_library(namespace, portal, start, capable, shared_directory):
+def test_it_needs_nothing_of_the_host_but_the_c_library_and_zlib(namespace, portal, start, capable, shared_directory):
     """A file with capabilities does not get LD_LIBRARY_PATH, so its own libraries must be found in another way."""
     root = shared_directory / "root"
     for name in ("proc", "tmp", "dev/net", "etc"):
@@ -159,6 +159,17 @@ def test_it_needs_nothing_of_the_host_but_the_c_library(namespace, portal, start
     assert gateway.terminate() == 0
     assert "Traceback" not in gateway.output
     assert list((root / "tmp").iterdir()) == []
+
+
+@pytest.mark.spec("OPS-56")
+def test_where_nothing_in_tmp_may_be_executed_another_directory_can_be_named(frozen):
+    mounted = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o noexec tmpfs /tmp && exec "$@"', "sh"]
+    refused = subprocess.run([*mounted, frozen, "--version"], capture_output=True, text=True, check=False)
+    assert refused.returncode != 0
+    assert "/tmp/" in refused.stderr
+    elsewhere = [*mounted, "env", "TMPDIR=/var/tmp", frozen, "--version"]
+    done = subprocess.run(elsewhere, capture_output=True, text=True, check=True)
+    assert done.stdout == "firezone-gateway 1.6.1\n"
 
 
 def test_a_killed_launcher_takes_the_gateway_with_it(namespace, portal, start, plain):
