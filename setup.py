@@ -8,10 +8,23 @@ import platform
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 REQUIRED = os.environ.get("FZG_REQUIRE_NATIVE") == "1"
 SANITIZERS = os.environ.get("FZG_SANITIZE")
 NATIVE = Path("fzg/dataplane/native")
+
+
+class BuildEngine(build_ext):
+    """Takes a compiler that is missing for one that fails, so that `optional` covers both."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """See setuptools."""
+        try:
+            super().build_extension(ext)
+        except OSError as error:
+            raise CompileError(str(error)) from error
 
 
 def extensions() -> list[Extension]:
@@ -39,9 +52,10 @@ def extensions() -> list[Extension]:
         extra_compile_args=options,
         extra_link_args=link,
         libraries=["dl"],  # libcrypto itself is the one that the interpreter has loaded
-        optional=not REQUIRED,
     )
-    return cythonize([engine], build_dir="build/cython")
+    (engine,) = cythonize([engine], build_dir="build/cython")
+    engine.optional = not REQUIRED
+    return [engine]
 
 
-setup(ext_modules=extensions())
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildEngine})
