@@ -64,17 +64,21 @@ class RustDevice(PortalDevice):
 
     async def hear(self, lines: list[str]) -> None:
         for line in lines:
-            words = line.split()
-            if words[7] in self._remote_kinds:
+            if line.split()[7] in self._remote_kinds:
                 self.program.order("add_remote", line=line)
             else:
-                self._blocked.add(f"[{words[4]}]:{words[5]}" if ":" in words[4] else f"{words[4]}:{words[5]}")
-                self.program.order("block", addresses=sorted(self._blocked))
+                self._block(line)
 
     async def unhear(self, lines: list[str]) -> None:
         for line in lines:
             if line.split()[7] in self._remote_kinds:
                 self.program.order("remove_remote", line=line)
+
+    def lose(self, kind: str) -> None:
+        """Lose what comes from the gateway's candidates of this kind from now on."""
+        for line in self.told:
+            if line.split()[7] == kind:
+                self._block(line)
 
     def allow(self, kind: str) -> None:
         """Let candidates of the gateway of this kind in from now on."""
@@ -131,6 +135,11 @@ class RustDevice(PortalDevice):
         """The next packet that comes out of the tunnel."""
         async with asyncio.timeout(timeout):
             return await self.program.packets.get()
+
+    def _block(self, line: str) -> None:
+        host, port = line.split()[4:6]
+        self._blocked.add(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        self.program.order("block", addresses=sorted(self._blocked))
 
     def _relay(self) -> dict[str, str] | None:
         relay = next((relay for relay in self.init["relays"] if "[" not in relay["addr"]), None)

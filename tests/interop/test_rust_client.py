@@ -307,6 +307,30 @@ def test_more_handshakes_than_the_limit_allows_bring_a_cookie_and_then_a_session
 
 
 @pytest.mark.long
+def test_a_direct_path_that_dies_is_replaced_by_the_relay(world: World) -> None:
+    """Nobody says so: the client gives the pair up after 16.5 s, the gateway follows 5 s later (spec D1)."""
+
+    async def scenario() -> None:
+        async with RustDevice(world) as device:
+            await device.connect()
+            await exchange(device, world.tun)
+            since = device.mark()
+            device.lose("host")
+            begin = asyncio.get_running_loop().time()
+            nominated = await device.until("nominated", since=since, timeout=20)
+            assert not nominated["destination"].startswith("127.0.0.1:")
+            down = udp(SERVER4, device.ipv4, 6000, 5000, b"by the relay")
+            while down not in device.received():
+                assert asyncio.get_running_loop().time() < begin + 30
+                world.tun.send(down)
+                await asyncio.sleep(0.1)
+            await exchange(device, world.tun)
+            assert "Relay" in paths(world, device)[-1]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.long
 def test_data_without_an_answer_makes_the_gateway_initiate(world: World) -> None:
     async def scenario() -> None:
         async with RustDevice(world) as device:
