@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,8 +17,9 @@ from rich.console import Console
 
 from tests.bench import measurements
 from tests.bench.figures import Figures, machine
-from tests.bench.sites import WIREGUARD_GO, Site
+from tests.bench.sites import ROUTING, WIREGUARD_GO, Site, figure_name
 from tests.interop.wireguard_go.program import missing
+from tests.lab.control import ControlError
 from tests.lab.namespaces import can_make_namespaces, user_namespace_command
 from tests.lab.scenario import available
 
@@ -27,6 +29,11 @@ if TYPE_CHECKING:
 RUNS = 5  # that count; one more comes before them and is dropped
 CONNECTIONS = 30  # of each kind, spread over the runs
 DIRECTIONS = ("up", "down")
+_PATHS = {WIREGUARD_GO: "direct", ROUTING: ""}
+_DIRECTED = ("tcp1", "tcp4", "udp1200_mbit", "cpu_s_per_gb", "segments")
+_PLAIN = ("rtt_ms", "connect_ms", "connect_authorized_ms", "connect_established_ms", "authorize_ms")
+# How a measurement may fail: an echo without answer, a complaint of iperf3, an order that the lab refused.
+_FAILURES = (RuntimeError, TimeoutError, ControlError, subprocess.TimeoutExpired)
 LEAST_OF_ROUTING = 0.05
 """A wireguard-go below this share of plain routing is one without segmentation offload, and no yardstick."""
 
@@ -48,10 +55,12 @@ def main(only: str, runs: int, output: Path) -> None:
     figures = Figures([each for each in only.split(",") if each])
     about = machine()
     try:
-        _measure(figures, about, runs, console)
+        failures = _measure(figures, about, runs, console)
     except pytest.fail.Exception as error:
         raise click.ClickException(str(error)) from error
-    if not figures.summary():
+    for failure in failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    if not figures.summary() and not failures:
         raise click.ClickException(f"no figure is called {only}")
     figures.write(output, about)
     # Wide enough for all columns where the output is a file.
@@ -60,38 +69,47 @@ def main(only: str, runs: int, output: Path) -> None:
     print(f", wireguard-go {about['wireguard_go']}" if "wireguard_go" in about else "")
     print(f"also in {output}; {about['seconds']:.0f} s, {runs} runs after one that was dropped")
     _check_yardstick(figures)
+    if failures:
+        sys.exit(1)
 
 
-def _measure(figures: Figures, about: dict[str, Any], runs: int, console: Console) -> None:
+def _measure(figures: Figures, about: dict[str, Any], runs: int, console: Console) -> list[str]:
+    """Measure what is wanted; what could not be measured."""
     began = time.monotonic()
+    failures: list[str] = []
     with contextlib.ExitStack() as stack, console.status("") as status:
         sites = []
+        beside = [program for program in (WIREGUARD_GO, ROUTING) if _is_wanted(figures, _PATHS[program], program)]
         for path in ("direct", "relayed"):
-            if path == "direct" or any(figures.wants(name) for each in _of_gateway(path) for name in each):
+            if _is_wanted(figures, path, "gateway") or (path == "direct" and beside):
                 status.update(f"building the {path} network")
                 sites.append(stack.enter_context(Site(path)))
-        direct = sites[0]
         for site in sites[:1]:
             figures.add(measurements.memory(site.programs[0], "idle"))
-        direct.add_routing()
-        reason = missing()
-        if reason is None:
-            status.update("building and starting wireguard-go")
-            about["wireguard_go"] = direct.add_wireguard_go()
-        else:
+        if ROUTING in beside:
+            sites[0].add_routing()
+        if WIREGUARD_GO in beside and (reason := missing()) is not None:
             console.print(f"without wireguard-go: {reason}")
+        elif WIREGUARD_GO in beside:
+            status.update("building and starting wireguard-go")
+            about["wireguard_go"] = sites[0].add_wireguard_go()
         plan = [each for each in _plan(sites, runs) if any(map(figures.wants, each.names))]
         for run in range(runs + 1):
             for number, each in enumerate(plan, 1):
                 stage = f"run {run} of {runs}" if run else "warming up"
                 status.update(f"{stage}, {number}/{len(plan)}: {each.title}, {each.names[0]}")
-                values = each.run()
+                try:
+                    values = each.run()
+                except _FAILURES as error:
+                    failures.append(f"{each.names[0]}, {stage}: {error}")
+                    continue
                 if run:
                     figures.add(values)
-        for program in direct.programs:
+        for program in sites[0].programs if sites else ():
             if program.cost is not None:
                 figures.add(measurements.memory(program, "loaded"))
     about["seconds"] = round(time.monotonic() - began, 1)
+    return failures
 
 
 def _plan(sites: list[Site], runs: int) -> list[Measurement]:
@@ -110,14 +128,11 @@ def _plan(sites: list[Site], runs: int) -> list[Measurement]:
     return plan
 
 
-def _of_gateway(path: str) -> list[list[str]]:
-    """The names of the gateway's figures over a path, before there is anything to measure."""
-    directed = ("tcp1", "cpu_s_per_gb")
-    plain = ("rtt_ms", "connect_ms", "connect_authorized_ms", "connect_established_ms", "authorize_ms")
-    return [
-        [f"{what}.{direction}.{path}.gateway" for what in directed for direction in DIRECTIONS],
-        [f"{what}.{path}.gateway" for what in plain],
-    ]
+def _is_wanted(figures: Figures, path: str, program: str) -> bool:
+    """Whether any figure of this program over this path was asked for, before there is anything to measure."""
+    directed = [figure_name(what, direction, path, program) for what in _DIRECTED for direction in DIRECTIONS]
+    plain = [figure_name(what, "", path, program) for what in _PLAIN]
+    return any(map(figures.wants, [*directed, *plain, *(f"rss_mib.{state}.{program}" for state in ("idle", "loaded"))]))
 
 
 def _check_yardstick(figures: Figures) -> None:

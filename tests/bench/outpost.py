@@ -44,6 +44,7 @@ class Outpost:
             stdout=subprocess.PIPE,
             env=dict(os.environ) | lab_environment(),
             text=True,
+            start_new_session=True,  # Ctrl-C is the bench's
         )
 
     def echoes(self, host: str, port: int, *, count: int = 1, timeout: float = 5.0) -> list[float]:

@@ -31,6 +31,7 @@ GATEWAY_SERVER = "10.20.0.110"
 WIREGUARD_GO_SERVER = "10.66.0.110"
 ROUTED_SERVER = "10.68.0.110"
 WIREGUARD_GO = "wireguard-go"
+ROUTING = "routing"
 
 _PORT = 51820
 _TUN = "wg-bench"
@@ -51,7 +52,12 @@ class Program:
 
     def figure(self, what: str, direction: str = "") -> str:
         """The name of a figure of this program (design 6)."""
-        return ".".join(part for part in (what, direction, self.path, self.name) if part)
+        return figure_name(what, direction, self.path, self.name)
+
+
+def figure_name(what: str, direction: str, path: str, program: str) -> str:
+    """What, direction, path, program: those that apply (design 6)."""
+    return ".".join(part for part in (what, direction, path, program) if part)
 
 
 class Site:
@@ -145,7 +151,7 @@ class Site:
         gateway.router.nft(f'insert rule inet router forward iifname "internet" ip daddr {network} accept\n')
         self._add_resource(ROUTED_SERVER, sources=client.public_ipv4)
         self._serve(ROUTED_SERVER, self._stack)
-        self.programs.append(Program("routing", "", ROUTED_SERVER, None))
+        self.programs.append(Program(ROUTING, "", ROUTED_SERVER, None))
 
     def _add_resource(self, address: str, *, sources: str) -> None:
         """Another address of the resource, to which the gateway's host translates as it does for the gateway."""
