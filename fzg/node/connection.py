@@ -39,7 +39,8 @@ CONNECTING_BUFFER = 128  # WireGuard messages kept until a path is selected, old
 
 # Ours: after an authorization ICE and the handshake take some round trips; a relay that has carried nothing by then may
 # have lost its state, which it does not say, and its next Refresh may be minutes away (turn 5.5).
-SILENCE = 2.0  # s
+# The second look is for the case that the relay was asked for another reason shortly before the first.
+SILENCES = (2.0, 15.0)  # s
 # Ours: a client that comes back initiates just before it nominates (3.13), so the response to it leaves by the path of
 # its former life; it is sent again on the new one. Nominations follow within a round trip.
 REPEATED_RESPONSE = 1.0  # s
@@ -133,14 +134,16 @@ class Connection:
         self._candidate_deadline: float | None = now + CANDIDATE_TIMEOUT
         self._disconnect_deadline: float | None = None
         self._response: tuple[float, bytes] | None = None
-        self._silence_deadline: float | None = now + SILENCE
+        self._authorized_at = now
+        self._silence_deadline: float | None = now + SILENCES[0]
         self._nomination_handshake_at = float("-inf")
 
     # -- inputs
 
     def resume(self, now: float) -> None:
         """An authorization repeated this connection's parameters (2.2 step 1)."""
-        self._silence_deadline = now + SILENCE
+        self._authorized_at = now
+        self._silence_deadline = now + SILENCES[0]
         if self.state is not ConnectionState.CONNECTING:
             self.note_activity(now)
         if self.agent.role is Role.CONTROLLING:
@@ -240,9 +243,8 @@ class Connection:
             if self.path is None:
                 self._buffer.append(message)
                 continue
-            if self.path.relayed and self.relay_id is not None and message[0] == MessageType.INITIATION:
-                # We begin a handshake because data went unanswered (5.4).
-                self._relays.doubt(self.relay_id, now)
+            if message[0] == MessageType.INITIATION and now > self._nomination_handshake_at:
+                self._doubt_relay(now)  # we begin because data went unanswered (5.4)
             elif message[0] == MessageType.RESPONSE:
                 self._response = now, message
             self._transmit(message, now)
@@ -311,10 +313,13 @@ class Connection:
     def _check_silence(self, now: float) -> None:
         if self._silence_deadline is None or now < self._silence_deadline:
             return
-        asked_at, self._silence_deadline = self._silence_deadline - SILENCE, None
-        if self.relay_id is None or (self.path is not None and not self.path.relayed):
-            return
-        if self.path is None or self._engine.activity(self.handle).last_received < asked_at:
+        first = now < self._authorized_at + SILENCES[1]
+        self._silence_deadline = self._authorized_at + SILENCES[1] if first else None
+        if self._engine.activity(self.handle).last_received < self._authorized_at:
+            self._doubt_relay(now)
+
+    def _doubt_relay(self, now: float) -> None:
+        if self.relay_id is not None and (self.path is None or self.path.relayed):
             self._relays.doubt(self.relay_id, now)
 
     def _select(self, path: Path, now: float) -> None:

@@ -17,6 +17,7 @@ from fzg.node.connection import (
     Identity,
     PathChanged,
 )
+from fzg.node.relayed import RelayedPaths
 from fzg.node.signalling import CandidateMessage, Signalling
 from fzg.node.timers import Timers
 from fzg.sansio import Deadline, Transmit, earliest
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 REQUEST_LIFETIME = 10.0  # s in which the answer to one of our checks counts (connectivity 1.3)
-RELAYED_ACTIVITY_INTERVAL = 5.0  # s between looks at what the engine carried over channels; refresh is due at 240 s
 # What a connection does in its pass may make it due at once: a nomination is followed by its check. A deadline that
 # still stands after this many passes is not going to move, and the driver must see that.
 PASSES = 3
@@ -135,17 +135,13 @@ class Node:
         self._gate = Gate(static_public=static.public, random=random, now=now)
         self._indices = IndexAllocator(random)
         self._connections: dict[str, Connection] = {}
-        self._by_handle: dict[int, Connection] = {}
         self._by_index: dict[int, Connection] = {}
         self._by_username: dict[str, Connection] = {}
         self._by_public_key: dict[bytes, Connection] = {}
         self._requests: OrderedDict[bytes, _Request] = OrderedDict()
-        self._relayed: dict[tuple[str, Endpoint], dict[str, Connection]] = {}
-        self._relayed_key: dict[str, tuple[str, Endpoint]] = {}
-        self._channels: dict[tuple[str, Endpoint], int] = {}
+        self._relayed = RelayedPaths(relays=self.relays, engine=engine, now=now)
         self._homeless: dict[str, Connection] = {}
         self._timers = Timers()
-        self._activity_reported_at = now
         self._out: deque[Transmit] = deque()
         self._events: deque[NodeEvent] = deque()
 
@@ -277,8 +273,7 @@ class Node:
 
     def handle_timeout(self, now: float) -> None:
         """Relays first, then due connections (2.5)."""
-        if now >= self._activity_reported_at + RELAYED_ACTIVITY_INTERVAL:
-            self._report_relayed_activity(now)
+        self._relayed.handle_timeout(now)
         self.relays.handle_timeout(now)
         self._settle_relays(now)
         while self._requests and next(iter(self._requests.values())).expires <= now:
@@ -291,11 +286,10 @@ class Node:
 
     def poll_timeout(self) -> Deadline | None:
         """The soonest deadline of relays and connections."""
-        look = Deadline(self._activity_reported_at + RELAYED_ACTIVITY_INTERVAL, "relayed activity")
         return earliest(
             self.relays.poll_timeout(),
             self._timers.soonest(),
-            look if self._relayed else None,
+            self._relayed.poll_timeout(),
             self.signalling.poll_timeout(),
         )
 
@@ -365,7 +359,6 @@ class Node:
             now=now,
         )
         self._connections[client_id] = connection
-        self._by_handle[handle] = connection
         self._by_index[index] = connection
         self._by_username[_username(identity)] = connection
         self._by_public_key[identity.public_key] = connection
@@ -412,7 +405,6 @@ class Node:
         connection.close()
         client_id = connection.client_id
         del self._connections[client_id]
-        self._by_handle.pop(connection.handle, None)
         self._by_index.pop(connection.index, None)
         username, public_key = _username(connection.identity), connection.identity.public_key
         if self._by_username.get(username) is connection:
@@ -421,7 +413,7 @@ class Node:
             del self._by_public_key[public_key]
         self._timers.cancel(connection)
         self._homeless.pop(client_id, None)
-        self._track_relayed(connection, None)
+        self._relayed.track(connection, None)
         self.signalling.forget(client_id)
 
     def _settle(self, connection: Connection, now: float) -> None:
@@ -444,7 +436,7 @@ class Node:
                     self._events.append(ConnectionEstablished(connection.client_id, path))
                 case PathChanged(new=new):
                     _LOG.debug("Path changed cid=%s path=%s", connection.client_id, new)
-                    self._track_relayed(connection, new)
+                    self._relayed.track(connection, new)
         self._timers.arm(connection, connection.poll_timeout())
         self._settle_relays(now)
 
@@ -568,7 +560,9 @@ class Node:
                             self.signalling.invalidate(connection.client_id, gone)
                             touched[connection.index] = connection
                 case ChannelChanged():
-                    self._channel_changed(event, now)
+                    for relay in event.relay_sockets:
+                        self._engine.set_channel(relay, event.number, usable=event.receivable)
+                    self._relayed.handle_channel_changed(event, now)
                 case RelayRemoved(relay_id=relay_id):
                     # A successor on the same id or socket is a new allocation, and may have another id.
                     for connection in self._connections.values():
@@ -585,7 +579,7 @@ class Node:
         connection.relay_id = relay_id
         if relay_id is None:
             self._homeless[connection.client_id] = connection
-            self._track_relayed(connection, None)
+            self._relayed.track(connection, None)
             connection.relay_route_changed(now)
             return
         self._homeless.pop(connection.client_id, None)
@@ -595,46 +589,8 @@ class Node:
         for remote in connection.agent.remote_candidates():
             if remote.kind is not Kind.HOST:
                 self.relays.bind_channel(relay_id, remote.address, now)
-        self._track_relayed(connection, connection.path)
+        self._relayed.track(connection, connection.path)
         connection.relay_route_changed(now)
-
-    def _channel_changed(self, event: ChannelChanged, now: float) -> None:
-        for relay in event.relay_sockets:
-            self._engine.set_channel(relay, event.number, usable=event.receivable)
-        key = (event.relay_id, event.peer)
-        if event.sendable or event.receivable:
-            self._channels[key] = event.number
-        else:
-            self._channels.pop(key, None)
-        for connection in self._relayed.get(key, {}).values():
-            connection.relay_route_changed(now)
-
-    def _track_relayed(self, connection: Connection, path: Path | None) -> None:
-        """Keep the index from (relay, peer) to the connections whose data takes that channel, which stays bound."""
-        old = self._relayed_key.pop(connection.client_id, None)
-        if old is not None:
-            self._relayed[old].pop(connection.client_id)
-            if not self._relayed[old]:
-                del self._relayed[old]
-                self.relays.nominate(*old, nominated=False)
-        if path is not None and path.relayed and connection.relay_id is not None:
-            key = (connection.relay_id, path.destination)
-            self._relayed_key[connection.client_id] = key
-            self._relayed.setdefault(key, {})[connection.client_id] = connection
-            self.relays.nominate(*key, nominated=True)
-
-    def _report_relayed_activity(self, now: float) -> None:
-        """Tell TURN what the engine carried, for channel refresh and keep-alives (turn 2.8, 3.4)."""
-        since, self._activity_reported_at = self._activity_reported_at, now
-        for (relay_id, peer), connections in self._relayed.items():
-            number = self._channels.get((relay_id, peer))
-            if number is None:
-                continue
-            activities = [self._engine.activity(connection.handle) for connection in connections.values()]
-            sent = any(activity.last_sent > since for activity in activities)
-            received = any(activity.last_received > since for activity in activities)
-            if sent or received:
-                self.relays.note_data(relay_id, number, sent=sent, received=received, now=now)
 
 
 def _username(identity: Identity) -> str:

@@ -233,8 +233,8 @@ def test_nothing_of_a_client_remains_after_its_end():
     w.reject()
     w.net.run(15.0)
     node, core = w.gateway.node, w.gateway.core
-    tables = (node._connections, node._by_handle, node._by_index, node._by_username, node._by_public_key, node._relayed,
-              node._relayed_key, node._homeless, node._requests, core._handles, core._clients, w.gateway.engine._peers,
+    tables = (node._connections, node._by_index, node._by_username, node._by_public_key, node._relayed,
+              node._homeless, node._requests, core._handles, core._clients, w.gateway.engine._peers,
               w.gateway.engine._sessions)  # fmt: skip
     assert [len(table) for table in tables] == [0] * len(tables)
     assert len(node._timers) == 0
