@@ -16,6 +16,8 @@ from fzg.tunnel.routes import Routes
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
+    from fzg.tunnel.ingest_token import Attribution
+
 _LOG = logging.getLogger(__name__)
 
 # Ours: the portal may name that many resources for one client; a sane account has fewer in all.
@@ -103,6 +105,12 @@ class Client:
                 # The networks that were consulted so far no longer are.
                 return True
         return False
+
+    def attribute(self, resource_id: str, attribution: Attribution | None) -> None:
+        """Log the flows of a held resource under this attribution, or not at all."""
+        authorization = self._authorizations.get(resource_id)
+        if authorization is not None:
+            authorization.attribution = attribution
 
     def remove(self, resource_id: str) -> bool:
         """Withdraw a grant; False if there was none."""

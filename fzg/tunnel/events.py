@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from fzg.tunnel.flow_log import Tally
 
 
 class DropReason(StrEnum):
@@ -50,11 +53,15 @@ class Reply(NamedTuple):
 
 
 class Deliver(NamedTuple):
-    """Send to this client. `flow` is for the direction from network to client."""
+    """Send to this client. `flow` is for the direction from network to client.
+
+    With a `tally`, say `handle_delivered` once it has been sent.
+    """
 
     client_id: str
     packet: bytes
     flow: Flow | None
+    tally: Tally | None = None
 
 
 class Consumed(NamedTuple):

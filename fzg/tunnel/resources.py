@@ -12,6 +12,8 @@ from fzg.tunnel.filters import Filter, Filters
 if TYPE_CHECKING:
     from ipaddress import IPv4Network, IPv6Network
 
+    from fzg.tunnel.ingest_token import Attribution
+
 
 @dataclass(frozen=True, slots=True)
 class CidrResource:
@@ -44,14 +46,18 @@ Resource = CidrResource | DnsResource | InternetResource
 
 
 class Authorization:
-    """One resource in the hands of one client until `expires`, which is infinity for a grant without end."""
+    """One resource in the hands of one client until `expires`, which is infinity for a grant without end.
 
-    __slots__ = ("expires", "filters", "pattern", "resource")
+    Flows are logged if there is an `attribution`.
+    """
+
+    __slots__ = ("attribution", "expires", "filters", "pattern", "resource")
 
     def __init__(self, resource: Resource, expires: float | None) -> None:
         self.resource = resource
         self.expires = inf if expires is None else expires
         self.filters = Filters(() if isinstance(resource, InternetResource) else resource.filters)
+        self.attribution: Attribution | None = None
         self.pattern = Pattern(resource.address) if isinstance(resource, DnsResource) else None
 
     def replace_filters(self, filters: tuple[Filter, ...]) -> None:

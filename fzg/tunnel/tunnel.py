@@ -25,6 +25,7 @@ from fzg.tunnel.events import (
     SendToClient,
     Verdict,
 )
+from fzg.tunnel.flow_log import FlowLog, Tally
 from fzg.tunnel.nat import Entry, Lookup
 from fzg.tunnel.proxies import MAX_PER_EVENT
 from fzg.tunnel.ranges import is_assignable_proxy, is_multicast, is_peer, is_proxy
@@ -35,7 +36,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from ipaddress import IPv4Address, IPv6Address
 
-    from fzg.tunnel.resources import Resource
+    from fzg.tunnel.flow_log import Path, TrackedFlow
+    from fzg.tunnel.flow_record import FlowRecord
+    from fzg.tunnel.ingest_token import Attribution
+    from fzg.tunnel.resources import Authorization, Resource
     from fzg.wire.ip import Packet
 
 _LOG = logging.getLogger(__name__)
@@ -44,6 +48,9 @@ HOUSEKEEPING_INTERVAL = 1.0  # s, spec tunnel 1.3
 RESOLUTION_TIMEOUT = 10.0  # s, spec tunnel 1.3
 MAX_RESOLUTIONS = 1000  # at once, spec tunnel 1.3
 FLOW_VALIDITY = 1.0  # s until a flow is decided anew; carries last-use times back to NAT entries
+
+# Ours: how long a flow that is not logged yet goes unnoticed when its next packet would start it.
+UNLOGGED_VALIDITY = 0.1  # s
 
 # Ours: clients that the portal may make known; each is some kilobytes before it does anything.
 MAX_CLIENTS = 1 << 16
@@ -59,9 +66,12 @@ _CONSUMED = Consumed()
 
 
 class Tunnel:
-    """All clients, their rights and their sessions. Drain `poll_event` after every call, before the next packet."""
+    """All clients, their rights and their sessions. Drain `poll_event` after every call, before the next packet.
 
-    def __init__(self, *, now: float) -> None:
+    `flow_log` is driven from here; its records are polled by `poll_flow_record`.
+    """
+
+    def __init__(self, *, now: float, unix_offset: float = 0.0) -> None:
         self._ipv4: bytes | None = None
         self._ipv6: bytes | None = None
         self._clients: dict[str, Client] = {}
@@ -72,6 +82,7 @@ class Tunnel:
         self._tokens = count(1)
         self._tracked: dict[int, Entry] = {}
         self._events: deque[Event] = deque()
+        self.flow_log = FlowLog(tokens=self._tokens, unix_offset=unix_offset)
         self.dropped: Counter[str] = Counter()
 
     # -- authorizations
@@ -85,7 +96,15 @@ class Tunnel:
             self._events.append(Revoked(client_id))
 
     def grant(  # noqa: PLR0917 - the portal's message, field by field
-        self, client_id: str, ipv4: bytes, ipv6: bytes, resource: Resource, expires: float | None, now: float
+        self,
+        client_id: str,
+        ipv4: bytes,
+        ipv6: bytes,
+        resource: Resource,
+        expires: float | None,
+        now: float,
+        *,
+        attribution: Attribution | None = None,
     ) -> bool:
         """Let a client use a resource, or renew that; False if it could not be recorded."""
         if self._ipv4 is None and self._ipv6 is None:
@@ -104,6 +123,7 @@ class Tunnel:
                 self._next_tick = now + HOUSEKEEPING_INTERVAL
             client = self._clients[client_id] = Client(client_id, ipv4, ipv6)
         narrower = client.grant(resource, expires)
+        client.attribute(resource.id, attribution)
         if narrower:
             self._events.append(Revoked(client_id))
         for address in (ipv4, ipv6):
@@ -158,8 +178,10 @@ class Tunnel:
 
     # -- packets
 
-    def handle_inner_packet(self, client_id: str, packet: bytes, ecn: int, now: float) -> Verdict:
-        """Judge a decrypted packet of a client; `ecn` is the codepoint of its datagram."""
+    def handle_inner_packet(
+        self, client_id: str, packet: bytes, ecn: int, now: float, path: Path | None = None
+    ) -> Verdict:
+        """Judge a decrypted packet of a client; `ecn` and `path`: the codepoint and addresses of its datagram."""
         try:
             parsed = ip.parse(packet)
         except Malformed as error:
@@ -188,8 +210,16 @@ class Tunnel:
             return self._refuse(client, parsed, admitted, now)
         valid_until = min(now + FLOW_VALIDITY, admitted.expires)
         if is_proxy(destination):
-            return self._translate_to_network(client, parsed, ecn, valid_until, now)
-        return Forward(_merge_ecn(packet, ecn), _flow(parsed, None, 0, valid_until))
+            return self._translate_to_network(client, parsed, ecn, admitted, path, valid_until, now)
+        token = 0
+        if admitted.attribution is not None and self.flow_log.is_on:
+            source_value = parsed.source_value
+            if source_value is not None and source_value >= ip.TCP:
+                logged, valid_until = self._log_outgoing(
+                    client, admitted, parsed, source_value, destination, path, valid_until, now
+                )
+                token = logged.token << 1 if logged is not None else 0
+        return Forward(_merge_ecn(packet, ecn), _flow(parsed, None, token, valid_until))
 
     def handle_tun_packet(self, packet: bytes, now: float) -> Verdict:
         """Judge a packet that the kernel routed to the TUN."""
@@ -221,17 +251,34 @@ class Tunnel:
         if isinstance(admitted, Refusal):
             return self._drop(DropReason.NOT_ALLOWED)
         valid_until = min(now + FLOW_VALIDITY, admitted.expires)
+        logged = tally = None
+        if admitted.attribution is not None and self.flow_log.is_on and parsed.destination_value >= ip.TCP:
+            logged, valid_until = self._log_incoming(client, admitted, parsed, valid_until, now)
+            if logged is not None:
+                tally = Tally(logged, parsed.payload_length, parsed.tcp_flags)
         if not isinstance(entry, Entry):
-            return Deliver(client.id, packet, _flow(parsed, None, 0, valid_until))
+            token = logged.token << 1 | 1 if logged is not None else 0
+            return Deliver(client.id, packet, _flow(parsed, None, token, valid_until), tally)
         port = entry.source_value & 0xFFFF
         translated = ip.rewrite_to_client(parsed, source, port)
-        return Deliver(client.id, translated, self._nat_flow(parsed, entry, (source, port), 1, valid_until))
+        flow = self._nat_flow(parsed, entry, (source, port), 1, valid_until, logged)
+        return Deliver(client.id, translated, flow, tally)
 
-    def handle_flow_report(self, token: int, packets: int, payload_bytes: int, last_packet: float) -> None:  # noqa: ARG002
+    def handle_delivered(self, tally: Tally, now: float) -> None:
+        """A packet with this tally was sent to its client."""
+        self.flow_log.delivered(tally, now)
+
+    def handle_flow_report(self, token: int, packets: int, payload_bytes: int, last_packet: float) -> None:
         """An installed flow carried packets. Its NAT session was in use until `last_packet`."""
-        entry = self._tracked.get(token >> 1)
-        if entry is None or packets == 0:
+        if packets == 0 or not token:
             return
+        entry = self._tracked.get(token >> 1)
+        if entry is None:
+            entry = self.flow_log.reported(
+                token >> 1, incoming=bool(token & 1), packets=packets, payload=payload_bytes, last_packet=last_packet
+            )
+            if entry is None:
+                return
         if token & 1:
             entry.last_incoming = max(entry.last_incoming, last_packet)
             entry.answered = True
@@ -267,8 +314,13 @@ class Tunnel:
 
     # -- time
 
+    def handle_swept(self, now: float) -> None:
+        """All that installed flows carried until now was reported; at least once a second while flows are logged."""
+        self.flow_log.handle_swept(now)
+
     def handle_timeout(self, now: float) -> None:
         """Give up on slow names; once a second end sessions and grants."""
+        self.flow_log.handle_timeout(now)
         while self._resolutions:
             request, resolution = next(iter(self._resolutions.items()))
             if resolution.deadline > now:
@@ -289,11 +341,16 @@ class Tunnel:
         """When `handle_timeout` is due; None while there is nobody to look after."""
         tick = Deadline(self._next_tick, "tunnel housekeeping") if self._clients else None
         oldest = next(iter(self._resolutions.values()), None)
-        return earliest(tick, Deadline(oldest.deadline, "name resolution") if oldest is not None else None)
+        resolution = Deadline(oldest.deadline, "name resolution") if oldest is not None else None
+        return earliest(tick, resolution, self.flow_log.poll_timeout())
 
     def poll_event(self) -> Event | None:
         """The next event, in the order of their causes."""
         return self._events.popleft() if self._events else None
+
+    def poll_flow_record(self) -> FlowRecord | None:
+        """The next record of the flow log."""
+        return self.flow_log.poll_record()
 
     @property
     def client_count(self) -> int:
@@ -305,8 +362,15 @@ class Tunnel:
         """NAT sessions of all clients."""
         return sum(len(client.nat) for client in self._clients.values())
 
-    def _translate_to_network(
-        self, client: Client, parsed: Packet, ecn: int, valid_until: float, now: float
+    def _translate_to_network(  # noqa: PLR0917 - called for every packet
+        self,
+        client: Client,
+        parsed: Packet,
+        ecn: int,
+        admitted: Authorization,
+        path: Path | None,
+        valid_until: float,
+        now: float,
     ) -> Verdict:
         proxy = client.proxies.get(parsed.destination)
         if proxy is None or proxy.resolved is None:
@@ -319,7 +383,52 @@ class Tunnel:
             return self._drop(DropReason.NAT_EXHAUSTED)
         port = entry.outside_value & 0xFFFF
         translated = _merge_ecn(ip.rewrite_to_network(parsed, entry.real, port), ecn)
-        return Forward(translated, self._nat_flow(parsed, entry, (entry.real, port), 0, valid_until))
+        logged = None
+        if admitted.attribution is not None and self.flow_log.is_on and value >= ip.TCP:
+            logged, valid_until = self._log_outgoing(
+                client, admitted, parsed, entry.outside_value, entry.real, path, valid_until, now, proxy.domain, entry
+            )
+        return Forward(translated, self._nat_flow(parsed, entry, (entry.real, port), 0, valid_until, logged))
+
+    def _log_outgoing(  # noqa: PLR0917 - called for every packet
+        self,
+        client: Client,
+        admitted: Authorization,
+        parsed: Packet,
+        source_value: int,
+        destination: bytes,
+        path: Path | None,
+        valid_until: float,
+        now: float,
+        domain: str = "",
+        session: Entry | None = None,
+    ) -> tuple[TrackedFlow | None, float]:
+        """The logged flow of a packet to the network, and how long the verdict may stand for others."""
+        assert admitted.attribution is not None
+        assert parsed.destination_value is not None
+        if path is None:
+            return None, valid_until
+        key = (client.id, admitted.resource.id, parsed.source, destination, source_value, parsed.destination_value)
+        logged = self.flow_log.outgoing(
+            key, parsed, path, now, attribution=admitted.attribution, domain=domain, session=session
+        )
+        return logged, self._until(logged, valid_until, now)
+
+    def _log_incoming(
+        self, client: Client, admitted: Authorization, parsed: Packet, valid_until: float, now: float
+    ) -> tuple[TrackedFlow | None, float]:
+        """The same for a packet to the client."""
+        source_value, destination_value = parsed.source_value, parsed.destination_value
+        assert source_value is not None
+        assert destination_value is not None
+        key = (client.id, admitted.resource.id, parsed.destination, parsed.source, destination_value, source_value)
+        logged = self.flow_log.incoming(key)
+        return logged, self._until(logged, valid_until, now)
+
+    def _until(self, logged: TrackedFlow | None, valid_until: float, now: float) -> float:
+        if logged is not None or self.flow_log.is_full:
+            return valid_until
+        return min(valid_until, now + UNLOGGED_VALIDITY)
 
     def _deliver_error(self, client: Client, parsed: Packet, now: float) -> Verdict:
         error = icmp.recognise(parsed)
@@ -339,15 +448,23 @@ class Tunnel:
         # No filter holds back an error: routers that no resource names send them.
         return Deliver(client.id, bytes(parsed.data), None)
 
-    def _nat_flow(
-        self, parsed: Packet, entry: Entry, rewrite: tuple[bytes, int], direction: int, valid_until: float
+    def _nat_flow(  # noqa: PLR0917 - called for every packet
+        self,
+        parsed: Packet,
+        entry: Entry,
+        rewrite: tuple[bytes, int],
+        direction: int,
+        valid_until: float,
+        logged: TrackedFlow | None,
     ) -> Flow | None:
         if parsed.tcp_flags & _UNCACHED_TCP:
             return None
+        entry.cached_until = max(entry.cached_until, valid_until)
+        if logged is not None:
+            return _flow(parsed, rewrite, logged.token << 1 | direction, valid_until)
         if not entry.token:
             entry.token = next(self._tokens)
             self._tracked[entry.token] = entry
-        entry.cached_until = max(entry.cached_until, valid_until)
         return _flow(parsed, rewrite, entry.token << 1 | direction, valid_until)
 
     def _handle_control(self, client: Client, parsed: Packet, now: float) -> None:

@@ -39,6 +39,7 @@ ICMP_HEADER = 8
 TCP_FIN = 0x01
 TCP_SYN = 0x02
 TCP_RST = 0x04
+TCP_ACK = 0x10
 
 # Fixed IPv4 header, then the first 8 bytes of what follows when there are no options.
 _IPV4_AND_L4 = struct.Struct("!BBHHHBBH4s4sHHHH")
