@@ -275,7 +275,7 @@ class Gateway:
                 local=Credentials(message.gateway_ice_credentials.username, message.gateway_ice_credentials.password),
                 remote=Credentials(message.client_ice_credentials.username, message.client_ice_credentials.password),
                 now=now,
-                address=message.address or None,
+                address=bytes(message.address) or None,  # plain bytes: engines take no other kind
             )
         except NoRelayAvailableError:
             if not (wait and self.node.relays.is_probing and self._waiting.add(message, now)):

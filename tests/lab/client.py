@@ -43,7 +43,7 @@ from gevent.event import Event
 from gevent.queue import Queue
 
 from fzg.dataplane.engine import Datagram, FlowKey, InnerPacket, OutboundPacket, SessionConfirmed
-from fzg.dataplane.pure import PureEngine
+from fzg.dataplane.select import make_engine
 from fzg.host import tun, udp
 from fzg.ice.agent import CLIENT_DEFAULT, CLIENT_IDLE, Credentials, Role
 from fzg.node.node import ConnectionEstablished, ConnectionFailed, Node
@@ -134,7 +134,7 @@ class Client:
     def begin(self) -> None:
         """A new identity, unknown to everybody."""
         self.static = KeyPair.generate(os.urandom)
-        self.engine = PureEngine()
+        self.engine = make_engine()
         start = now()
         self.node = Node(
             static=self.static, engine=self.engine, random=os.urandom, unix_offset=time.time() - start, now=start,
