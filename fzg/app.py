@@ -140,9 +140,7 @@ class App:
                 user_agent=user_agent.host_user_agent(),
             ),
             self,
-            dialing=DialOptions(
-                resolve=_addresses_of, ssl_context=trusted.context, proxy=proxy, mark=self._mark
-            ),
+            dialing=DialOptions(resolve=_addresses_of, ssl_context=trusted.context, proxy=proxy, mark=self._mark),
             reconnect=Reconnect(random=os.urandom, max_partition=settings.max_partition_time),
         )
         self._essential("timer", self._run_timer)
@@ -237,7 +235,7 @@ class App:
 
     def on_unsent(self, messages: Sequence[CandidateBroadcast]) -> None:
         """Candidates that died with their socket."""
-        for message in messages:
+        for message in reversed(messages):
             self._gateway.handle_unsent(message)
 
     def on_fatal(self, error: Exception) -> None:
