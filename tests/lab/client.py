@@ -46,7 +46,7 @@ from fzg.dataplane.engine import Datagram, FlowKey, InnerPacket, OutboundPacket,
 from fzg.dataplane.select import make_engine
 from fzg.host import tun, udp
 from fzg.ice.agent import CLIENT_DEFAULT, CLIENT_IDLE, Credentials, Role
-from fzg.node.node import ConnectionEstablished, ConnectionFailed, Node
+from fzg.node.node import ConnectionEstablished, ConnectionFailed, Node, NoRelayAvailableError
 from fzg.secret import Secret
 from fzg.turn.events import Relay
 from fzg.wire import Malformed, checksum, ip
@@ -189,6 +189,7 @@ class Client:
             return
         v4, v6 = self.interface["ipv4"], self.interface["ipv6"]
         routes = ["100.96.0.0/11", "100.100.111.0/24", "fd00:2021:1111:8000::/107", "100.64.0.0/11"]
+        routes += ["fd00:2021:1111::/107"]
         routes += [a.resource["address"] for a in self.access.values() if a.resource["type"] == "cidr"]
         if any(a.resource["type"] == "internet" for a in self.access.values()):
             routes += ["0.0.0.0/1", "128.0.0.0/1", "::/1", "8000::/1"]
@@ -220,11 +221,15 @@ class Client:
             "public_key": base64.b64encode(self.static.public).decode(),
         })  # fmt: skip
         context = ssl.create_default_context(cafile=options.ca) if options.ca else None
+        socket_options: list[tuple[int, int, int | bytes]] = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)]
+        if options.tun_fd is None:  # an internet resource must not capture the way to the portal
+            mark = struct.pack("=I", udp.FIREWALL_MARK)
+            socket_options.append((socket.SOL_SOCKET, socket.SO_MARK, mark))
         socket_ = websocket.create_connection(
             f"{options.portal_url.rstrip('/')}/client/v2/websocket?{query}",
             header=[f"X-Authorization: Bearer {options.token}", f"User-Agent: {USER_AGENT}"],
             suppress_origin=True, timeout=None, sslopt={"context": context} if context else None,
-            sockopt=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
+            sockopt=socket_options,
         )  # fmt: skip
         self.portal_socket = socket_
         self.ref = 0
@@ -330,15 +335,20 @@ class Client:
             self.links[gateway_id] = self.by_handle[handle] = link
         link.authorized_at = moment
         mine, theirs = payload["client_ice_credentials"], payload["gateway_ice_credentials"]
-        self.node.upsert(
-            gateway_id,
-            handle=link.handle,
-            public_key=base64.b64decode(payload["gateway_public_key"]),
-            preshared_key=Secret(base64.b64decode(payload["preshared_key"])),
-            local=Credentials(mine["username"], Secret(mine["password"])),
-            remote=Credentials(theirs["username"], Secret(theirs["password"])),
-            now=moment,
-        )
+        try:
+            self.node.upsert(
+                gateway_id,
+                handle=link.handle,
+                public_key=base64.b64decode(payload["gateway_public_key"]),
+                preshared_key=Secret(base64.b64decode(payload["preshared_key"])),
+                local=Credentials(mine["username"], Secret(mine["password"])),
+                remote=Credentials(theirs["username"], Secret(theirs["password"])),
+                now=moment,
+            )
+        except NoRelayAvailableError:
+            self.note("no relay yet", gateway=gateway_id)
+            self.lost(link)
+            return
         link.buffered.extend(self.pending.pop(resource_id, ()))
         if link.established_at is not None:
             self.flush(link)
