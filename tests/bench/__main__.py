@@ -17,7 +17,7 @@ from rich.console import Console
 
 from tests.bench import measurements
 from tests.bench.figures import Figures, machine
-from tests.bench.sites import ROUTING, WIREGUARD_GO, Site, figure_name
+from tests.bench.sites import CLIENT_ENGINE, ROUTING, WIREGUARD_GO, Site, figure_name
 from tests.interop.wireguard_go.program import missing
 from tests.lab.control import ControlError
 from tests.lab.namespaces import can_make_namespaces, user_namespace_command
@@ -53,7 +53,7 @@ def main(only: str, runs: int, output: Path) -> None:
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     console = Console(stderr=True, highlight=False)
     figures = Figures([each for each in only.split(",") if each])
-    about = machine()
+    about = machine() | {"client_engine": CLIENT_ENGINE}
     try:
         failures = _measure(figures, about, runs, console)
     except pytest.fail.Exception as error:
@@ -65,7 +65,10 @@ def main(only: str, runs: int, output: Path) -> None:
     figures.write(output, about)
     # Wide enough for all columns where the output is a file.
     Console(width=None if sys.stdout.isatty() else 140).print(figures.table())
-    print(f"{about['cpu']}, {about['cores']} cores, Linux {about['kernel']}, Python {about['python']}", end="")
+    print(
+        f"{about['cpu']}, {about['cores']} cores, Linux {about['kernel']}, Python {about['python']}, {CLIENT_ENGINE} client",
+        end="",
+    )
     print(f", wireguard-go {about['wireguard_go']}" if "wireguard_go" in about else "")
     print(f"also in {output}; {about['seconds']:.0f} s, {runs} runs after one that was dropped")
     _check_yardstick(figures)
