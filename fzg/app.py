@@ -15,12 +15,12 @@ from gevent.pool import Pool
 from gevent.threadpool import ThreadPool
 
 from fzg.dataplane.engine import Datagram, FlowReport, InnerPacket, OutboundPacket, SessionConfirmed
-from fzg.dataplane.pure import PureEngine
+from fzg.dataplane.select import EngineUnavailableError, make_engine
 from fzg.gateway import ConfigureHost, Gateway, Resolve, SendToPortal
 from fzg.host import clock, trust, tun, udp
 from fzg.host.dns_server import DnsServer
 from fzg.host.nameservers import Nameservers, Upstream
-from fzg.host.network import HostError, HostNetwork, MasqueradeMode
+from fzg.host.network import HostError, HostNetwork, MasqueradeMode, Report
 from fzg.host.resolver import Resolver
 from fzg.node.node import Node
 from fzg.ops import logs
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from fzg.dataplane.engine import Item
-    from fzg.host.network import Configured, Report
+    from fzg.host.network import Configured
     from fzg.portal.messages import CandidateBroadcast, Inbound
     from fzg.settings import Settings
 
@@ -110,7 +110,10 @@ class App:
             proxy = proxy_for(portal_url.host, portal_url.port, os.environ) if portal_url.secure else None
         except (url.InvalidUrl, InvalidProxy, HostError) as error:
             raise FatalError(str(error)) from error
-        self._engine = PureEngine()
+        try:
+            self._engine = make_engine()
+        except EngineUnavailableError as error:
+            raise FatalError(str(error)) from error
         self._open_sockets()
         self._open_tun()
         self._clock_steps = clock.StepDetector(now, time.time())
@@ -201,6 +204,8 @@ class App:
             )
         except (tun.TunError, HostError) as error:
             raise FatalError(str(error)) from error
+        except OSError as error:
+            raise FatalError(f"the host's network cannot be prepared: {error}") from error
         if self._settings.offloads.tun and not device.offloads:
             _LOG.info("The kernel has no segmentation offload for TUN devices (it came with Linux 6.2)")
         self._tun_fd = device.descriptor
@@ -247,9 +252,7 @@ class App:
     def _essential(self, name: str, run: Callable[..., None], *arguments: object) -> None:
         greenlet = gevent.spawn(run, *arguments)
         greenlet.name = name
-        greenlet.link_exception(
-            lambda dead: self._fail(FatalError(f"the {name} task ended: {logs.chain(dead.exception)}"))
-        )
+        greenlet.link_exception(lambda dead: self._fail(_as_fatal(name, dead.exception)))
 
     def _run_timer(self) -> None:
         while True:
@@ -283,7 +286,10 @@ class App:
         if not self._flowing.is_set():
             self._flowing.wait()
             now = clock.now()
-        return self._engine.receive_tun(now)
+        try:
+            return self._engine.receive_tun(now)
+        except OSError as error:
+            raise FatalError(f"the TUN device is gone: {error.strerror}; was it deleted?") from error
 
     def _dispatch(self, items: Sequence[Item], now: float) -> None:
         """Control first: a flood of data must not delay a handshake found in the same batch."""
@@ -326,7 +332,9 @@ class App:
         while (event := gateway.poll_event()) is not None:
             match event:
                 case SendToPortal(message=message):
-                    self._portal.send(message)
+                    if not self._portal.send(message):
+                        gateway.handle_portal_disconnected(clock.now())  # the connection ended, we are told soon
+                        gateway.handle_unsent(message)
                 case Resolve(request=request, domain=domain):
                     self._resolutions.spawn(self._resolve, request, domain)
                 case ConfigureHost():
@@ -351,15 +359,22 @@ class App:
             self._say(configured)
             served = ((wanted.ipv4, configured.ipv4), (wanted.ipv6, configured.ipv6))
             self._dns_server.bind([address for address, works in served if works])
-        except HostError as error:
-            self._fail(FatalError(str(error)))
+        except (HostError, OSError) as error:
+            self._fail(FatalError(f"the TUN device cannot be configured: {logs.chain(error)}"))
             return
         self._tun_configured = True
 
     def _run_repair(self) -> None:
+        said: Report | None = None
         while self._network is not None:
             gevent.sleep(REPAIR_INTERVAL)
-            self._say(self._host_thread.apply(self._network.repair))
+            try:
+                report = self._host_thread.apply(self._network.repair)
+            except (HostError, OSError) as error:
+                report = Report(warnings=[str(error)])
+            if report != said:  # what stays refused is said once
+                self._say(report)
+            said = report
 
     # -- stop
 
@@ -400,9 +415,14 @@ class App:
             _LOG.warning(str(error))
 
 
+def _as_fatal(task: str, error: BaseException) -> FatalError:
+    return error if isinstance(error, FatalError) else FatalError(f"the {task} task ended: {logs.chain(error)}")
+
+
 def _report_failure(_context: object, kind: type[BaseException], error: BaseException, traceback: Any) -> None:
     """A greenlet died of a mistake of ours: into the log, where gevent would write to standard error."""
-    _LOG.error("A task failed", exc_info=(kind, error, traceback))
+    if not issubclass(kind, FatalError):
+        _LOG.error("A task failed", exc_info=(kind, error, traceback))
 
 
 def _addresses_of(host: str) -> list[str]:

@@ -125,6 +125,8 @@ cdef class NativeEngine:
                 self._engine.udp[0].max_control = self._engine.udp[1].max_control = value
             elif name == "turn":
                 self._engine.turn_packets = value
+            elif name == "flush":
+                self._engine.flush_packets = value
             else:
                 raise TypeError(f"no limit of the name {name}")
 

@@ -256,8 +256,15 @@ class TunPort:
         """Take back what is queued for this owner; how many packets that were."""
         kept = [queued for queued in self._queue if queued.owner != owner]
         removed = self._queued - sum(len(queued.packets) for queued in kept)
+        if not removed:
+            return 0
         self._queue = kept
-        self._latest = {queued.key: queued for queued in kept if queued.key is not None}
+        self._latest.clear()
+        for queued in kept:
+            if queued.key is None:
+                self._latest.clear()  # see `queue`
+            else:
+                self._latest[queued.key] = queued
         self._queued -= removed
         return removed
 

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, TypeVar
 import pytest
 
 from fzg.dataplane.engine import Datagram, InnerPacket, OutboundPacket
-from fzg.dataplane.pure import PureEngine
 from fzg.host import tun, udp
 from fzg.sansio import Transmit
 from fzg.wire.endpoint import Endpoint
-from tests.unit.dataplane_world import key_of
+from tests.unit.dataplane_world import World, each_engine, key_of  # noqa: F401
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -60,6 +59,7 @@ def _may() -> bool:
 
 
 pytestmark = [
+    pytest.mark.usefixtures("each_engine"),
     pytest.mark.root,
     pytest.mark.slow,
     pytest.mark.skipif(os.geteuid() != 0 or not _may(), reason="needs root for network namespaces and TUN devices"),
@@ -75,7 +75,7 @@ class Side:
 
     def __init__(self, device: tun.TunDevice, bound: udp.UdpSocket, *, vnet_hdr: bool = True) -> None:
         self.device, self.bound = device, bound
-        self.engine = PureEngine()
+        self.engine = World.engine()
         self.engine.attach_tun(device.descriptor, vnet_hdr=vnet_hdr, offloads=device.offloads)
         self.engine.attach_udp(bound.family, bound.socket, port=bound.port)
 
@@ -216,7 +216,6 @@ def test_tcp_crosses_both_ways_intact_and_as_super_packets(pair: Pair, family: i
         if pair.gateway.device.offloads:
             assert packets_per_send > 5  # acknowledgements included
             assert packets_per_write > 5
-            assert pair.gateway.engine._tun.coalesces  # type: ignore[union-attr]
         else:
             assert packets_per_write == 1
 
@@ -283,7 +282,7 @@ def test_a_missing_node_is_made(tmp_path):
 def test_reading_from_a_deleted_device_raises():
     def lose() -> None:
         device = tun.open_tun("tun-test")
-        engine = PureEngine()
+        engine = World.engine()
         engine.attach_tun(device.descriptor)
         assert engine.receive_tun(1.0) == []
         ip("link del tun-test")

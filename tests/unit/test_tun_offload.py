@@ -421,3 +421,15 @@ def test_the_queue_is_bounded(world: World, monkeypatch: pytest.MonkeyPatch):
         world.gateway.write_tun(packet)
     assert world.counters["drop_tun_queue_full"] == 2
     assert len(write(world, [])[0]) == 3
+
+
+def test_packets_without_a_key_are_overtaken_by_nothing_after_a_revocation_either(world: World):
+    one, two = stream(2)
+    options = ip(CLIENT4, SERVER4, UDP, udp()[20:], fragment=0x2000)
+    revoked = udp(b"revoked")
+    world.allow(revoked, inbound=True)
+    for packet in (one, options):
+        world.gateway.write_tun(packet)
+    world.arrive(world.sealed(revoked))
+    world.gateway.revoke(World.PEER)
+    assert write(world, [two]) == [[one], [options], [two]]

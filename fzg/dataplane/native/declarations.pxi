@@ -242,6 +242,7 @@ cdef extern from "engine.h" nogil:
         udp_port udp[2]
         turn turn
         uint32_t turn_packets
+        uint32_t flush_packets
 
     bint engine_init(engine *made, const seed *random_seed)
     void engine_free(engine *freed)

@@ -18,6 +18,7 @@ bool engine_init(struct engine *engine, const struct seed *seed)
     engine->state.seed = *seed;
     engine->state.max_flows = MAX_FLOWS;
     engine->turn_packets = TURN_PACKETS;
+    engine->flush_packets = FLUSH_PACKETS;
     tun_init(&engine->tun);
     udp_init(&engine->udp[0]);
     udp_init(&engine->udp[1]);
@@ -302,7 +303,7 @@ int engine_receive_udp(struct engine *engine, bool is_ipv4, double now)
         }
         if ((unsigned)count < wanted)
             break;
-        if (budget > 0 && engine->tun.queued >= FLUSH_PACKETS && !tun_flush(&engine->tun))
+        if (budget > 0 && engine->tun.queued >= engine->flush_packets && !tun_flush(&engine->tun))
             break;
     }
     return 0;
@@ -518,7 +519,7 @@ int engine_receive_tun(struct engine *engine, double now)
         budget -= taken ? taken : 1;
         engine->counters.tun_rx_calls++;
         engine->counters.tun_rx_packets += taken;
-        if (budget > 0 && engine->udp[0].queued + engine->udp[1].queued >= FLUSH_PACKETS && !flush_udp(engine))
+        if (budget > 0 && engine->udp[0].queued + engine->udp[1].queued >= engine->flush_packets && !flush_udp(engine))
             break;
     }
     return 0;

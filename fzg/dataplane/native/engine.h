@@ -70,6 +70,7 @@ struct engine {
     struct receiver receiver;
     uint8_t *read; /* one TUN read */
     uint32_t turn_packets;
+    uint32_t flush_packets;
 };
 
 bool engine_init(struct engine *engine, const struct seed *seed); /* false: no memory */

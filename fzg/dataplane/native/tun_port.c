@@ -235,9 +235,12 @@ uint32_t tun_purge(struct tun_port *port, int64_t owner)
         return 0;
     compact(port);
     forget_latest(port);
-    for (uint32_t i = port->head; i < port->tail; i++)
+    for (uint32_t i = port->head; i < port->tail; i++) {
         if (port->writes[i].has_key)
             add_latest(port, i);
+        else
+            forget_latest(port); /* see tun_queue */
+    }
     return before - port->queued;
 }
 
