@@ -65,11 +65,8 @@ def main(only: str, runs: int, output: Path) -> None:
     figures.write(output, about)
     # Wide enough for all columns where the output is a file.
     Console(width=None if sys.stdout.isatty() else 140).print(figures.table())
-    print(
-        f"{about['cpu']}, {about['cores']} cores, Linux {about['kernel']}, Python {about['python']}, {CLIENT_ENGINE} client",
-        end="",
-    )
-    print(f", wireguard-go {about['wireguard_go']}" if "wireguard_go" in about else "")
+    print(f"{about['cpu']}, {about['cores']} cores, Linux {about['kernel']}, Python {about['python']}")
+    print(f"client with the {CLIENT_ENGINE} engine, wireguard-go {about.get('wireguard_go', 'not measured')}")
     print(f"also in {output}; {about['seconds']:.0f} s, {runs} runs after one that was dropped")
     _check_yardstick(figures)
     if failures:
