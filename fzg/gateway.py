@@ -139,8 +139,10 @@ class Gateway:
                 self.tunnel.set_expiry(message.client_id, message.resource_id, expires, now)
         self._settle(now)
 
-    def handle_unsent(self, message: messages.CandidateBroadcast) -> None:
-        """The socket died before this was written: keep it for the next one (portal 2.10). Newest first if several."""
+    def handle_unsent(self, message: messages.Outbound) -> None:
+        """The socket died before this was written: keep candidates for the next one (portal 2.10), newest first."""
+        if not isinstance(message, messages.BroadcastIceCandidates | messages.BroadcastInvalidatedIceCandidates):
+            return
         (client_id,) = message.client_ids
         added = isinstance(message, messages.BroadcastIceCandidates)
         if self.node.connection(client_id) is not None:

@@ -45,7 +45,7 @@ class LogFormat(StrEnum):
 
 
 class Masquerade(StrEnum):
-    """Whether we translate clients' addresses to the host's: AUTO does unless a rule of the host already does."""
+    """Whether clients' addresses become the host's. AUTO does it but goes on where the host refuses, ON fails then."""
 
     AUTO = "auto"
     ON = "on"

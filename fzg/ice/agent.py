@@ -234,9 +234,9 @@ class Agent:
         return True
 
     def guess_remote(self, address: Endpoint, now: float) -> None:
-        """Check an address that the peer may turn out to have; nothing depends on whether it does."""
+        """Check an address that the peer may turn out to have, directly; nothing depends on whether it does."""
         if not self._remotes.is_full and not self._remotes.all_at(address):
-            self._guess(address, now)
+            self._guess(address, now, relayed=False)
 
     def invalidate_remote_candidate(self, candidate: Candidate, now: float) -> bool:
         """The peer withdrew a candidate: matched by address and kind (spec connectivity 3.19, D12)."""
@@ -374,16 +374,16 @@ class Agent:
                 return
             self._guess(guess, now)
 
-    def _guess(self, address: Endpoint, now: float) -> None:
+    def _guess(self, address: Endpoint, now: float, *, relayed: bool = True) -> None:
         remote = RemoteCandidate(Kind.SRFLX, address, never_added_priority(Kind.SRFLX, address), provisional=True)
         self._remotes.append(remote)
-        self._pair_remote(remote, now)
+        self._pair_remote(remote, now, relayed=relayed)
 
-    def _pair_remote(self, remote: RemoteCandidate, now: float) -> bool:
+    def _pair_remote(self, remote: RemoteCandidate, now: float, *, relayed: bool = True) -> bool:
         """Form pairs with every local candidate that can be checked from; true when there was any new one."""
         before = len(self._pairs)
         for local in list(self._locals):
-            if local.kind is not Kind.PRFLX:  # its base is paired already
+            if local.kind is not Kind.PRFLX and (relayed or local.kind is not Kind.RELAY):  # a learned base is paired
                 self._add_pair(local, remote, now)
         return len(self._pairs) != before
 

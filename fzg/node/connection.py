@@ -166,9 +166,7 @@ class Connection:
         return added
 
     def guess_remote(self, address: Endpoint, now: float) -> None:
-        """Open our NAT and our relay for an address that the client probably sends from."""
-        if self.relay_id is not None:
-            self._relays.bind_channel(self.relay_id, address, now)
+        """Open our NAT for an address that the client probably sends from."""
         self.agent.guess_remote(address, now)
 
     def add_remote_candidate(self, candidate: Candidate, now: float) -> None:

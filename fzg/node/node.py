@@ -59,7 +59,7 @@ REQUEST_LIFETIME = 10.0  # s in which the answer to one of our checks counts (co
 # still stands after this many passes is not going to move, and the driver must see that.
 PASSES = 3
 # Clients listen here if they can, and most NATs keep the port (operations 3.2; connectivity 1.4). A check sent there at
-# once opens our NAT, and a channel our relay, before the client's first check comes; else its next is 250 ms later.
+# once opens our NAT before the client's first check comes; else its next is 250 ms later.
 CLIENT_PORT = 52625
 # Behind a NAT that maps by destination the path will be relayed, and a client's first check through our relay is lost
 # when it comes before our channel to the client's relay: its next is 250 ms later. So our candidates wait until the

@@ -35,11 +35,13 @@ class Reconnect:
         self._max_partition = max_partition
         self._joined_ever = False
         self._backoff: _Backoff | None = None
+        self._asked_at_once = False
 
     def handle_joined(self) -> None:
         """The portal answered a join: the next outage starts anew, with the patient back-off."""
         self._joined_ever = True
         self._backoff = None
+        self._asked_at_once = False
 
     def handle_failure(self, retry_after: float | None = None) -> Retry | None:
         """The wait before the next dial, None to give up. `retry_after` stands in for the delay and costs nothing."""
@@ -53,8 +55,12 @@ class Reconnect:
             backoff.spent += delay
             backoff.failures += 1
             return Retry(delay, backoff.budget - backoff.spent)
-        if retry_after == 0:
+        at_once, again = retry_after == 0, self._asked_at_once
+        self._asked_at_once = at_once
+        if at_once:
             self._backoff = None  # a dial that is asked for at once discards the back-off
+        if at_once and again:
+            retry_after = INITIAL_DELAY_S  # a portal that says so each time must not make us dial without pause
         return Retry(retry_after, backoff.budget - backoff.spent)
 
     def _new_backoff(self) -> _Backoff:

@@ -65,12 +65,20 @@ class Proxy:
 def proxy_for(host: str, port: int, environment: Mapping[str, str]) -> Proxy | None:
     """The proxy for TLS connections to `host`; None where none is named or NO_PROXY exempts it. Raises InvalidProxy."""
     variable = next((name for name in VARIABLES if environment.get(name, "").strip()), None)
-    if variable is None:
+    if variable is None or _is_here(host):
         return None
     exempt = next((environment[name] for name in EXEMPTIONS if environment.get(name, "").strip()), "")
     if any(_covers(entry, host.lower(), port) for entry in exempt.replace(",", " ").split()):
         return None
     return Proxy.parse(environment[variable], variable)
+
+
+def _is_here(host: str) -> bool:
+    """A portal on this machine is never behind a proxy."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host.rstrip(".").lower() == "localhost"
 
 
 def _covers(entry: str, host: str, port: int) -> bool:

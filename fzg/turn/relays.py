@@ -188,7 +188,7 @@ class RelaySet:
             mapped.setdefault(candidate.base, candidate.address) != candidate.address
             for allocation in self._allocations.values()
             for candidate in allocation.reflexive_candidates()
-            if candidate.kind is Kind.SRFLX
+            if candidate.kind is Kind.SRFLX and candidate.address != candidate.base  # a relay on our side of the NAT
         )
 
     @property

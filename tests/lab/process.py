@@ -215,4 +215,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def lab_environment() -> dict[str, str]:
     """Environment with which `python -m tests.lab` and `python -m fzg` find themselves from anywhere."""
     path = os.environ.get("PYTHONPATH")
-    return {"PYTHONPATH": str(REPOSITORY) + (os.pathsep + path if path else ""), "PYTHONUNBUFFERED": "1"}
+    return {
+        "PYTHONPATH": str(REPOSITORY) + (os.pathsep + path if path else ""),
+        "PYTHONUNBUFFERED": "1",
+        "NO_PROXY": "*",  # no proxy of this machine can be reached from a lab
+        "no_proxy": "*",
+    }

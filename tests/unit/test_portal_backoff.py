@@ -90,3 +90,8 @@ def test_retry_after_zero_dials_at_once_and_starts_the_back_off_anew():
         reconnect.handle_failure()
     assert reconnect.handle_failure(0.0).delay == 0.0
     assert delays(reconnect) == [1.0] * 15
+
+
+def test_a_portal_that_always_says_at_once_is_dialled_at_once_only_once():
+    reconnect = Reconnect(random=lambda n: NEVER)
+    assert [reconnect.handle_failure(retry_after=0.0).delay for _ in range(4)] == [0.0, 1.0, 1.0, 1.0]

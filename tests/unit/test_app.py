@@ -1,0 +1,28 @@
+"""What the process does between its drivers and the core."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from fzg.app import App, FatalError, _as_fatal
+from fzg.portal.messages import BroadcastIceCandidates, BroadcastInvalidatedIceCandidates
+
+CLIENT = "11111111-2222-4333-8444-555555555555"
+
+
+def test_unsent_candidates_go_back_newest_first():
+    given = []
+    app = SimpleNamespace(_gateway=SimpleNamespace(handle_unsent=given.append))
+    older = BroadcastIceCandidates(client_ids=(CLIENT,), candidates=("candidate:1 1 udp 1 192.0.2.1 1 typ host",))
+    newer = BroadcastInvalidatedIceCandidates(client_ids=(CLIENT,), candidates=older.candidates)
+    App.on_unsent(app, [older, newer])
+    assert given == [newer, older]
+
+
+def test_a_task_that_ends_with_a_sentence_ends_the_process_with_that_sentence():
+    gone = FatalError("the TUN device is gone")
+    assert _as_fatal("tun", gone) is gone
+
+
+def test_a_task_that_ends_with_a_mistake_is_named():
+    assert str(_as_fatal("timer", ValueError("no such thing"))) == "the timer task ended: no such thing"
