@@ -162,14 +162,15 @@ def test_it_needs_nothing_of_the_host_but_the_c_library_and_zlib(namespace, port
 
 
 @pytest.mark.spec("OPS-56")
-def test_where_nothing_in_tmp_may_be_executed_another_directory_can_be_named(frozen):
-    mounted = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o noexec tmpfs /tmp && exec "$@"', "sh"]
-    refused = subprocess.run([*mounted, frozen, "--version"], capture_output=True, text=True, check=False)
+def test_where_the_temporary_directory_may_not_execute_another_can_be_named(frozen, tmp_path):
+    mounted = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs -o noexec tmpfs {tmp_path} && exec "$@"', "sh", "env"]
+    refused, done = (
+        subprocess.run([*mounted, f"TMPDIR={place}", frozen, "--version"], capture_output=True, text=True, check=False)
+        for place in (tmp_path, "/var/tmp")
+    )
     assert refused.returncode != 0
-    assert "/tmp/" in refused.stderr
-    elsewhere = [*mounted, "env", "TMPDIR=/var/tmp", frozen, "--version"]
-    done = subprocess.run(elsewhere, capture_output=True, text=True, check=True)
-    assert done.stdout == "firezone-gateway 1.6.1\n"
+    assert f"{tmp_path}/" in refused.stderr
+    assert (done.returncode, done.stdout) == (0, "firezone-gateway 1.6.1\n")
 
 
 def test_a_killed_launcher_takes_the_gateway_with_it(namespace, portal, start, plain):
