@@ -140,7 +140,7 @@ class Gateway:
         return self.ends()
 
     def stop(self) -> None:
-        self.process.stop(timeout=0)
+        self.process.stop(timeout=5)
 
     def levels(self) -> set[str]:
         """The levels of all lines; a line of another form fails the test."""

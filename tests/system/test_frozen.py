@@ -176,8 +176,11 @@ def test_where_the_temporary_directory_may_not_execute_another_can_be_named(froz
 def test_a_killed_launcher_takes_the_gateway_with_it(namespace, portal, start, plain):
     gateway = start(portal=portal, command=[plain])
     gateway.wait_ready()
+    maps = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in namespace.pids())
+    (unpacked,) = set(re.findall(r"/\S+/_MEI[^/]+", maps))
     gateway.process.send_signal(signal.SIGKILL)
     wait_until(lambda: namespace.pids() == [], "no process any more")
+    assert not Path(unpacked).exists()
     assert namespace.run("nft", "list", "ruleset").stdout == ""
     again = start(portal=portal, command=[plain])
     again.wait_ready()
