@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import time
+from http.client import HTTPS_PORT
 from typing import TYPE_CHECKING, Any
 
 import gevent
@@ -16,7 +17,7 @@ from gevent.threadpool import ThreadPool
 
 from fzg.dataplane.engine import Datagram, FlowReport, InnerPacket, OutboundPacket, SessionConfirmed
 from fzg.dataplane.select import EngineUnavailableError, make_engine
-from fzg.gateway import ConfigureHost, Gateway, Resolve, SendToPortal
+from fzg.gateway import ConfigureHost, ConfigureUploads, Gateway, KeepToken, Resolve, SendToPortal
 from fzg.host import clock, trust, tun, udp
 from fzg.host.dns_server import DnsServer
 from fzg.host.nameservers import Nameservers, Upstream
@@ -24,12 +25,14 @@ from fzg.host.network import HostError, HostNetwork, MasqueradeMode, Report
 from fzg.host.resolver import Resolver
 from fzg.node.node import Node
 from fzg.ops import logs
+from fzg.ops.flow_logs import FlowLogs
 from fzg.ops.health import Health
 from fzg.portal import identity, url, user_agent
 from fzg.portal.backoff import Reconnect
 from fzg.portal.dial import DialOptions
 from fzg.portal.proxy import InvalidProxy, proxy_for
 from fzg.portal.websocket import Login, PortalConnection
+from fzg.tunnel.flow_record import FlowRecord
 from fzg.tunnel.tunnel import Tunnel
 from fzg.wireguard.keys import KeyPair
 
@@ -106,7 +109,7 @@ class App:
         static = KeyPair.generate(os.urandom)
         try:
             portal_url = url.PortalUrl.parse(settings.api_url)
-            trusted = trust.trust_store()
+            trusted, uploads_trusted = trust.trust_store(), trust.trust_store()
             proxy = proxy_for(portal_url.host, portal_url.port, os.environ) if portal_url.secure else None
         except (url.InvalidUrl, InvalidProxy, HostError) as error:
             raise FatalError(str(error)) from error
@@ -120,7 +123,12 @@ class App:
         unix_offset = self._clock_steps.offset
         node = Node(static=static, engine=self._engine, random=os.urandom, unix_offset=unix_offset, now=now)
         self._gateway = Gateway(
-            node=node, tunnel=Tunnel(now=now), engine=self._engine, unix_offset=unix_offset, now=now
+            node=node,
+            tunnel=Tunnel(now=now, unix_offset=unix_offset),
+            engine=self._engine,
+            unix_offset=unix_offset,
+            now=now,
+            flow_logs=settings.flow_logs,
         )
         self._resolver = Resolver()
         if self._resolver.problem:
@@ -133,6 +141,17 @@ class App:
         _LOG.info(trusted.description)
         if proxy is not None:
             _LOG.info("The portal is reached through the proxy %s", proxy)
+        uploads_trusted.context.set_alpn_protocols(["http/1.1"])
+        self._flow_logs = FlowLogs(
+            lambda host: DialOptions(
+                resolve=_addresses_of,
+                ssl_context=uploads_trusted.context,
+                proxy=proxy_for(host, HTTPS_PORT, os.environ),
+                mark=self._mark,
+            ),
+            user_agent=user_agent.host_user_agent(),
+        )
+        self._flow_logs.start()
         self._portal = PortalConnection(
             Login(
                 url=portal_url,
@@ -303,8 +322,8 @@ class App:
                     pass
                 case SessionConfirmed(local_index=local_index):
                     gateway.handle_session_confirmed(local_index, now)
-                case InnerPacket(peer=peer, packet=packet, ecn=ecn):
-                    gateway.handle_inner_packet(peer, packet, ecn, now)
+                case InnerPacket(peer=peer, packet=packet, ecn=ecn, source=source, local=local):
+                    gateway.handle_inner_packet(peer, packet, ecn, now, (source, local))
                 case OutboundPacket(packet=packet):
                     gateway.handle_outbound_packet(packet, now)
                 case FlowReport():
@@ -329,6 +348,13 @@ class App:
         if not engine.flush():
             self._flowing.clear()
             self._congested.set()
+        self._carry_out()
+        deadline = gateway.poll_timeout()
+        if deadline is not None and deadline.at < self._armed_at:
+            self._wake.set()
+
+    def _carry_out(self) -> None:
+        gateway = self._gateway
         while (event := gateway.poll_event()) is not None:
             match event:
                 case SendToPortal(message=message):
@@ -339,9 +365,12 @@ class App:
                     self._resolutions.spawn(self._resolve, request, domain)
                 case ConfigureHost():
                     gevent.spawn(self._configure_host, event)
-        deadline = gateway.poll_timeout()
-        if deadline is not None and deadline.at < self._armed_at:
-            self._wake.set()
+                case ConfigureUploads(settings=settings):
+                    self._flow_logs.configure(settings)
+                case KeepToken(attribution=attribution):
+                    self._flow_logs.keep(attribution)
+                case FlowRecord():
+                    self._flow_logs.write(event)
 
     def _resolve(self, request: int, domain: str) -> None:
         addresses = None
@@ -400,10 +429,12 @@ class App:
         while (transmit := self._gateway.poll_transmit()) is not None:
             self._engine.transmit(transmit)
         self._engine.flush()
+        self._carry_out()
         self._health.stop()
         self._nameservers.stop()
         self._dns_server.close()
         self._restore_host()
+        self._flow_logs.close()
         _LOG.info("Goodbye")
 
     def _restore_host(self) -> None:

@@ -16,7 +16,7 @@ from fzg.node.node import ConnectionEstablished, ConnectionFailed, Node, NoRelay
 from fzg.node.signalling import CandidateMessage
 from fzg.portal import messages
 from fzg.sansio import Deadline, Transmit, earliest
-from fzg.tunnel import filters, resources
+from fzg.tunnel import filters, ingest_token, resources
 from fzg.tunnel.events import (
     ClientEmpty,
     ClientGone,
@@ -29,13 +29,17 @@ from fzg.tunnel.events import (
     Revoked,
     SendToClient,
 )
+from fzg.tunnel.flow_record import FlowRecord
 from fzg.turn.events import Relay
+from fzg.wire import Malformed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from fzg.dataplane.engine import Engine
     from fzg.tunnel.events import Flow
+    from fzg.tunnel.flow_log import Path
+    from fzg.tunnel.ingest_token import Attribution
     from fzg.tunnel.tunnel import Tunnel
     from fzg.wire.endpoint import Endpoint
 
@@ -75,18 +79,38 @@ class Resolve:
     domain: str
 
 
-GatewayEvent = SendToPortal | ConfigureHost | Resolve
+@dataclass(frozen=True, slots=True)
+class ConfigureUploads:
+    """`init` says where and how often flow logs are uploaded; None or an interval of 0: never."""
+
+    settings: messages.FlowLogs | None
+
+
+@dataclass(frozen=True, slots=True)
+class KeepToken:
+    """An authorization brought a token; its flow records are uploaded under it."""
+
+    attribution: Attribution
+
+
+GatewayEvent = SendToPortal | ConfigureHost | Resolve | ConfigureUploads | KeepToken | FlowRecord
 
 
 class Gateway:
-    """Inputs: portal messages, engine items, resolved names, time. Outputs: datagrams, portal messages, requests."""
+    """Inputs: portal messages, engine items, resolved names, time. Outputs: datagrams, portal messages, requests.
 
-    def __init__(self, *, node: Node, tunnel: Tunnel, engine: Engine, unix_offset: float, now: float) -> None:
+    `flow_logs`: log flows even while the portal wants none.
+    """
+
+    def __init__(
+        self, *, node: Node, tunnel: Tunnel, engine: Engine, unix_offset: float, now: float, flow_logs: bool = False
+    ) -> None:
         self.node = node
         self.tunnel = tunnel
         self.engine = engine
         self.counters: Counter[str] = Counter()
         self._unix_offset = unix_offset
+        self._flow_logs = flow_logs
         self._handles: dict[str, int] = {}
         self._clients: dict[int, str] = {}
         self._new_handles = count(1)
@@ -160,14 +184,14 @@ class Gateway:
         self.node.handle_session_confirmed(local_index, now)
         self._settle(now)
 
-    def handle_inner_packet(self, peer: int, packet: bytes, ecn: int, now: float) -> None:
+    def handle_inner_packet(self, peer: int, packet: bytes, ecn: int, now: float, path: Path | None = None) -> None:
         """A decrypted packet without a flow: decide, and install a flow for those that follow (tunnel 3)."""
         client_id = self._clients.get(peer)
         if client_id is None:
             self.counters["inner packet of an unknown peer"] += 1
             return
         self.node.note_activity(client_id, now)
-        match self.tunnel.handle_inner_packet(client_id, packet, ecn, now):
+        match self.tunnel.handle_inner_packet(client_id, packet, ecn, now, path):
             case Forward(packet=forwarded, flow=flow):
                 self.engine.write_tun(forwarded)
                 self._install(peer, flow, inbound=True)
@@ -182,8 +206,10 @@ class Gateway:
     def handle_outbound_packet(self, packet: bytes, now: float) -> None:
         """A packet from the TUN without a flow (tunnel 4)."""
         match self.tunnel.handle_tun_packet(packet, now):
-            case Deliver(client_id=client_id, packet=delivered, flow=flow):
+            case Deliver(client_id=client_id, packet=delivered, flow=flow, tally=tally):
                 if self._send(client_id, delivered, now):
+                    if tally is not None:
+                        self.tunnel.handle_delivered(tally, now)
                     self._install(self._handles[client_id], flow, inbound=False)
             case Drop(reason=reason):
                 self.counters[f"to client: {reason}"] += 1
@@ -203,6 +229,7 @@ class Gateway:
     def handle_clock_step(self, delta: float, now: float) -> None:
         """The wall clock jumped against CLOCK_BOOTTIME: deadlines move with it, forward only (spec README)."""
         self._unix_offset += delta
+        self.tunnel.flow_log.unix_offset += delta
         if delta > 0:
             self.tunnel.handle_clock_step(delta)
         self._settle(now)
@@ -212,8 +239,8 @@ class Gateway:
         self.node.handle_timeout(now)
         if now >= self._sweep_at:
             self._sweep_at = now + SWEEP_INTERVAL
-            for report in self.engine.sweep(now):
-                self.handle_flow_report(*report)
+            self._take_reports(now)
+            self.tunnel.handle_swept(now)
         self.tunnel.handle_timeout(now)
         self._settle(now)
 
@@ -241,7 +268,10 @@ class Gateway:
         return self._events.popleft() if self._events else None
 
     def shutdown(self, now: float) -> None:
-        """Goodbye to all clients; drain `poll_transmit` afterwards."""
+        """The end of all flows, and goodbye to all clients; drain `poll_transmit` and `poll_event` afterwards."""
+        self._take_reports(now)
+        self.tunnel.flow_log.close_all(now)
+        self._settle(now)
         self.node.shutdown(now)
 
     # -- inside
@@ -250,6 +280,9 @@ class Gateway:
         """The order of portal 2.2; relays first, since everything else can wait for their round trip."""
         self._no_relays_pending = False
         self.node.update_relays((), [_relay(relay) for relay in init.relays], now)
+        is_uploading = init.flow_logs is not None and init.flow_logs.upload_interval_secs > 0
+        self.tunnel.flow_log.switch(on=is_uploading or self._flow_logs, now=now)
+        self._events.append(ConfigureUploads(init.flow_logs))
         interface = init.interface
         self.tunnel.set_gateway_addresses(interface.ipv4, interface.ipv6)
         if init.authorizations is not None:
@@ -285,7 +318,10 @@ class Gateway:
                 self._no_relays_pending = True
             return
         expires = None if message.expires_at is None else self._deadline(message.expires_at, now)
-        if not self.tunnel.grant(client.id, client.ipv4, client.ipv6, _resource(message.resource), expires, now):
+        attribution = _attribution(message.flow_logs_ingest_token)
+        if not self.tunnel.grant(
+            client.id, client.ipv4, client.ipv6, _resource(message.resource), expires, now, attribution=attribution
+        ):
             _LOG.warning("Authorization refused: it cannot be recorded cid=%s rid=%s", client.id, message.resource.id)
             if not known:
                 self.node.drop(client.id)
@@ -299,6 +335,8 @@ class Gateway:
             "never" if expires is None else f"{expires - now:.0f}s",
         )
         self._tell_portal(message.acknowledgement())
+        if attribution is not None:
+            self._events.append(KeepToken(attribution))
 
     def _settle(self, now: float) -> None:
         """Drain what the parts have for each other, then what is for the portal: candidates last (portal 2.10)."""
@@ -336,9 +374,15 @@ class Gateway:
             self._no_relays_pending = False
             self._no_relays_at = now
             self._tell_portal(messages.NoRelays())
+        while (record := self.tunnel.poll_flow_record()) is not None:
+            self._events.append(record)
         for batch in self.node.drain_candidates(now):
             broadcast = messages.BroadcastIceCandidates if batch.added else messages.BroadcastInvalidatedIceCandidates
             self._tell_portal(broadcast(client_ids=(batch.client_id,), candidates=batch.candidates))
+
+    def _take_reports(self, now: float) -> None:
+        for report in self.engine.sweep(now):
+            self.handle_flow_report(*report)
 
     def _retry_waiting(self, now: float) -> bool:
         """Authorizations that wait for a relay: take them all up when one has answered, give up on the overdue."""
@@ -450,6 +494,17 @@ class _Waiting:
 
 def _pair(message: messages.CreateAuthorization) -> tuple[str, str]:
     return message.client.id, message.resource.id
+
+
+def _attribution(token: messages.IngestToken | None) -> Attribution | None:
+    """What the token says; without one that can be read the flows are not logged (spec tunnel 10.1)."""
+    if token is None or token.secret is None:
+        return None
+    try:
+        return ingest_token.parse(token.secret)
+    except Malformed as error:
+        _LOG.debug("The flows of an authorization are not logged: %s", error)
+        return None
 
 
 def _relay(relay: messages.Relay) -> Relay:

@@ -13,7 +13,7 @@ from fzg.host.flow_spool import SpoolError, UploadConfig
 from fzg.tunnel.flow_record import FlowRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from gevent.threadpool import ThreadPool
 
@@ -34,8 +34,11 @@ _HANDOVER: Final = 64
 class FlowWriter:
     """Takes records, tokens and settings at any rate; what the disk cannot take in time is dropped and said so."""
 
-    def __init__(self, spool: Spool, thread: ThreadPool) -> None:
+    def __init__(self, spool: Spool, thread: ThreadPool, on_configured: Callable[[], None] = lambda: None) -> None:
+        """`on_configured` is called when changed settings have been kept."""
         self.dropped = 0
+        self._on_configured = on_configured
+        self._former: UploadConfig | None = None
         self._spool = spool
         self._thread = thread
         self._queue: deque[FlowRecord | Attribution] = deque()
@@ -88,6 +91,9 @@ class FlowWriter:
                     _LOG.log(level, "The settings of flow-log uploads cannot be kept: %s", problem)
                 for reason in refusals:
                     self._drop(reason)
+                if config is not None and config[0] != self._former:
+                    self._former = config[0]
+                    self._on_configured()
             self._idle.set()
 
     def _write(

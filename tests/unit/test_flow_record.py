@@ -98,7 +98,7 @@ def printed(caplog):
 
     def both(one):
         caplog.clear()
-        flow_logs.write(one)
+        flow_logs.print_record(one)
         (entry,) = caplog.records
         return logs.HumanFormatter().format(entry), json.loads(logs.JsonLineFormatter().format(entry))
 
@@ -161,4 +161,4 @@ def test_the_token_is_not_printed(printed):
 def test_nothing_is_made_up_when_nobody_listens(caplog, monkeypatch):
     caplog.set_level(logging.INFO, logger="flow_logs")
     monkeypatch.setattr(FlowRecord, "fields", lambda self: pytest.fail("fields were made"))
-    flow_logs.write(record())
+    flow_logs.print_record(record())
