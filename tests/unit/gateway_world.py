@@ -18,11 +18,12 @@ import pytest
 
 from fzg.dataplane.engine import Datagram, InnerPacket, OutboundPacket, SessionConfirmed
 from fzg.dataplane.pure import PureEngine
-from fzg.gateway import ConfigureHost, Gateway, Resolve, SendToPortal
+from fzg.gateway import ConfigureHost, ConfigureUploads, Gateway, KeepToken, Resolve, SendToPortal
 from fzg.ice.agent import CLIENT_DEFAULT, CLIENT_IDLE, Credentials, Role
 from fzg.node.node import ConnectionEstablished, ConnectionFailed, Node
 from fzg.portal import messages
 from fzg.secret import Secret
+from fzg.tunnel.flow_record import FlowRecord
 from fzg.tunnel.tunnel import Tunnel
 from fzg.turn.events import Relay
 from fzg.wire import candidate as candidate_line
@@ -88,7 +89,7 @@ class Nat:
 
 
 class Net:
-    """Delivers datagrams after `latency`, in order; `lose` decides about each."""
+    """Delivers datagrams after `latency`, in order; `lose` and `lateness` decide about each."""
 
     def __init__(self, *, latency: float = 0.001) -> None:
         self.now = 1000.0
@@ -97,6 +98,8 @@ class Net:
         self.nats: dict[bytes, Nat] = {}
         self.parties: list[Party] = []
         self.lose: Callable[[Endpoint, Endpoint, bytes], bool] = lambda source, destination, payload: False
+        self.lateness: Callable[[], Iterable[float]] = lambda: (0.0,)
+        """Seconds after `latency` at which each copy of the next datagram arrives."""
         self.log: list[tuple[float, Endpoint, Endpoint, bytes]] = []
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._serial = itertools.count()
@@ -110,7 +113,8 @@ class Net:
         self.log.append((self.now, source, destination, payload))
         if self.lose(source, destination, payload):
             return
-        self.at(self.now + self.latency, lambda: self._arrive(source, destination, payload))
+        for late in self.lateness():
+            self.at(self.now + self.latency + late, lambda: self._arrive(source, destination, payload))
 
     def _arrive(self, source: Endpoint, destination: Endpoint, payload: bytes) -> None:
         nat = self.nats.get(destination.ip)
@@ -369,12 +373,17 @@ class GatewayParty(Party):
         super().__init__(net, addresses, nat, seed)
         node = Node(static=self.static, engine=self.engine, random=self.random, unix_offset=UNIX_START, now=self.now)
         self.core = Gateway(
-            node=node, tunnel=Tunnel(now=self.now), engine=self.engine, unix_offset=UNIX_START, now=self.now
+            node=node,
+            tunnel=Tunnel(now=self.now, unix_offset=UNIX_START),
+            engine=self.engine,
+            unix_offset=UNIX_START,
+            now=self.now,
         )
         self.node = node
         self.frames: list[tuple[float, messages.Outbound]] = []
         self.resolutions: list[Resolve] = []
         self.configured: list[ConfigureHost] = []
+        self.flow_logs: list[ConfigureUploads | KeepToken | FlowRecord] = []
         self.on_frame: Callable[[messages.Outbound], None] = lambda message: None
 
     def poll_timeout(self):
@@ -395,8 +404,8 @@ class GatewayParty(Party):
                     self.core.handle_datagram(payload, source, local, self.now)
                 case SessionConfirmed(local_index=index):
                     self.core.handle_session_confirmed(index, self.now)
-                case InnerPacket(peer=peer, packet=packet, ecn=ecn):
-                    self.core.handle_inner_packet(peer, packet, ecn, self.now)
+                case InnerPacket(peer=peer, packet=packet, ecn=ecn, source=source, local=local):
+                    self.core.handle_inner_packet(peer, packet, ecn, self.now, (source, local))
                 case OutboundPacket(packet=packet):
                     self.core.handle_outbound_packet(packet, self.now)
                 case report:
@@ -416,6 +425,8 @@ class GatewayParty(Party):
                     self.resolutions.append(event)
                 case ConfigureHost():
                     self.configured.append(event)
+                case ConfigureUploads() | KeepToken() | FlowRecord():
+                    self.flow_logs.append(event)
 
     def said(self, kind: type) -> list:
         return [message for _, message in self.frames if isinstance(message, kind)]
