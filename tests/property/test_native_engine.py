@@ -381,14 +381,14 @@ class Pair:
     def write(self) -> None:
         for _ in range(self.random.randrange(1, 8)):
             packet = self.packet()
-            self.both(lambda side: side.engine.write_tun(packet))  # noqa: B023
+            self.both(lambda side: side.engine.write_tun(packet))
 
     def stream(self) -> None:
         """Consecutive equal packets of one connection, which is where merging happens."""
         number, size = self.random.randrange(6), self.random.choice((10, 1200))
         for ident in range(self.random.randrange(2, 90)):
             packet = self.continued(number, size, ident)
-            self.both(lambda side: side.engine.write_tun(packet))  # noqa: B023
+            self.both(lambda side: side.engine.write_tun(packet))
 
     def upload(self) -> None:
         """The same through a tunnel, in trains."""
@@ -425,7 +425,7 @@ class Pair:
         source = self.random.choice((None, GATEWAY.ip if destination.is_ipv4 else GATEWAY6.ip))
         for size in self.random.choices((20, 100, 100, 100, 1316), k=self.random.randrange(1, 70)):
             datagram = Transmit(destination, self.random.randbytes(size), source, self.random.choice((0, 0, 0, 0, 2)))
-            self.both(lambda side: side.engine.transmit(datagram))  # noqa: B023
+            self.both(lambda side: side.engine.transmit(datagram))
 
     def flush(self) -> None:
         self.both(lambda side: side.engine.flush())
@@ -453,7 +453,8 @@ class Pair:
 
 
 ORDERS = {
-    "receive": 8, "arrive": 3, "read": 8, "packet_from_memory": 2, "write": 2, "stream": 2, "upload": 5, "download": 5, "transmit": 2, "seal": 1,
+    "receive": 8, "arrive": 3, "read": 8, "packet_from_memory": 2, "write": 2, "stream": 2, "upload": 5, "download": 5,
+    "transmit": 2, "seal": 1,
     "flow": 8, "flush": 6, "path": 3, "channel": 2, "handshake": 3, "end_session": 1, "revoke": 1, "sweep": 1,
     "handshake_noted": 1, "trouble": 2, "later": 2,
 }  # fmt: skip

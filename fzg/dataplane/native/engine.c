@@ -14,6 +14,7 @@ enum {
 
 bool engine_init(struct engine *engine, const struct seed *seed)
 {
+    octets_init();
     memset(engine, 0, sizeof *engine);
     engine->state.seed = *seed;
     engine->state.max_flows = MAX_FLOWS;

@@ -55,31 +55,21 @@ static inline uint32_t fold(uint64_t sum)
     return (uint32_t)sum;
 }
 
+/* The sum of `words` native 32-bit words: the widest instructions there are, once `octets_init` has looked. */
+extern uint64_t (*sum_words)(const uint8_t *at, size_t words);
+
+void octets_init(void);
+
 /* RFC 1071 over `size` bytes, folded, not complemented; an odd last byte is padded on the right. */
 static inline uint32_t sum16(const uint8_t *at, size_t size)
 {
-    uint64_t sum = 0;
-    size_t words = size / 4;
     /* Native words: one's complement sums do not care about byte order until the end (RFC 1071 2 (B)). */
-    for (size_t i = 0; i < words; i++) {
-        uint32_t word;
-        memcpy(&word, at + 4 * i, 4);
-        sum += word;
-    }
-    at += 4 * words;
-    if (size & 2) {
-        uint16_t word;
-        memcpy(&word, at, 2);
-        sum += word;
-        at += 2;
-    }
-    if (size & 1) {
-        uint8_t padded[2] = {*at, 0};
-        uint16_t word;
-        memcpy(&word, padded, 2);
-        sum += word;
-    }
-    uint32_t folded = fold(sum);
+    uint64_t sum = sum_words(at, size / 4);
+    uint8_t rest[4] = {0};
+    uint32_t last;
+    memcpy(rest, at + (size & ~(size_t)3), size & 3);
+    memcpy(&last, rest, 4);
+    uint32_t folded = fold(sum + last);
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
     folded = (folded >> 8 | folded << 8) & 0xFFFF;
 #endif
