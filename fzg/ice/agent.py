@@ -18,7 +18,7 @@ from fzg.ice.candidates import (
     withdrawn,
 )
 from fzg.ice.pair import Nomination, Pair
-from fzg.ice.priority import check_priority, pair_priority
+from fzg.ice.priority import check_priority, pair_priority, priority_at_peer
 from fzg.ice.role import Role
 from fzg.ice.timing import CLIENT_DEFAULT, CLIENT_IDLE, SERVER_DEFAULT, SERVER_IDLE, Attempt, Timing
 from fzg.sansio import Deadline, earliest
@@ -603,11 +603,15 @@ class Agent:
             self._events.append(path)
 
     def _best_nominated(self, now: float) -> Pair | None:
-        """The nominated pair of the highest priority, unless it is silent and another is live (D1)."""
+        """The nominated pair of the highest priority, unless it is silent and another is live (D1).
+
+        By the reckoning of the side that nominates: ours, which sees other candidates behind a NAT, may differ from it,
+        and then each side would stay with another of two pairs that work.
+        """
         nominated = [pair for pair in self._pairs.values() if pair.is_nominated]
         if len(nominated) <= 1:
             return nominated[0] if nominated else None
-        nominated.sort(key=lambda pair: pair.priority, reverse=True)
+        nominated.sort(key=_rank_at_peer, reverse=True)
         best = nominated[0]
         self._silent_at = best.silent_at(now)
         self._deadline_is_known = False
@@ -643,6 +647,13 @@ _STATES: Final = {  # by "any pair nominated" and "any other pair possible", spe
     (False, True): AgentState.CHECKING,
     (False, False): AgentState.DISCONNECTED,
 }
+
+
+def _rank_at_peer(pair: Pair) -> tuple[int, int]:
+    """How the controlling side ranks the pair, then how we do."""
+    remote = pair.remote
+    theirs = priority_at_peer(remote.kind, remote.priority, ipv4=remote.address.is_ipv4)
+    return pair_priority(theirs, pair.local.priority), pair.priority
 
 
 def _check_order(pair: Pair) -> tuple[bool, float, int]:

@@ -21,6 +21,22 @@ def local_priority(kind: Kind, *, ipv4: bool, index: int, family_mismatch: bool 
     return candidate_priority(kind, max(preference, 0))  # thousands of candidates in one agent's life all tie last
 
 
+def priority_at_peer(kind: Kind, priority: int, *, ipv4: bool) -> int:
+    """What the peer gives the candidate from which it checks, where we know a remote one of this kind and priority.
+
+    Behind a reflexive address is a host's, or in a check that came before the candidates perhaps a relay's, which the
+    local preference in PRIORITY tells.
+    """
+    match kind:
+        case Kind.SRFLX:
+            return local_priority(Kind.HOST, ipv4=ipv4, index=0)
+        case Kind.PRFLX:
+            is_relay = (priority >> 8 & 0xFFFF) <= _FIRST_LOCAL_PREFERENCE[Kind.RELAY] + 1
+            return TYPE_PREFERENCE[Kind.RELAY if is_relay else Kind.HOST] << 24 | priority & 0xFFFFFF
+        case _:
+            return priority
+
+
 def check_priority(priority: int) -> int:
     """The PRIORITY attribute of a check: as if the local candidate were peer-reflexive (RFC 8445 7.1.1)."""
     return TYPE_PREFERENCE[Kind.PRFLX] << 24 | priority & 0xFFFFFF

@@ -473,3 +473,30 @@ def test_two_controlled_agents_settle_their_roles_and_connect(seed):
     assert keeps.role.name == "CONTROLLED"
     assert gateway.path is not None
     assert agree(gateway, other)
+
+
+def test_of_two_pairs_that_the_sides_rank_differently_the_one_that_the_client_prefers_is_used():
+    """Behind its NAT the client checks our relay from a host address; we see a server-reflexive one."""
+    world = Scripted()
+    world.host()
+    world.relay()
+    world.learn("srflx", PEER4, 1686109951)
+    world.learn("relay", PEER4_RELAY, 37748479)
+    world.receive(request(nominate=True), PEER4_RELAY, HOST4)
+    world.receive(request(nominate=True), PEER4, RELAY4)
+    assert [(path.source, path.destination) for path in world.paths(world.agent)] == [
+        (HOST4, PEER4_RELAY),
+        (RELAY4, PEER4),
+    ]
+    world.receive(request(nominate=True), PEER4_RELAY, HOST4)
+    assert world.agent.path.source == RELAY4
+
+
+def test_a_relayed_check_that_comes_before_its_candidate_does_not_pass_for_a_direct_path():
+    """PRIORITY of a check from a relay address: type preference 110, the local preference a relay's (3.8)."""
+    world = Scripted()
+    world.host()
+    world.learn("srflx", PEER4, 1686109951)
+    world.receive(request(nominate=True), PEER4, HOST4)
+    world.receive(request(nominate=True, priority=1849687807), PEER4_RELAY, HOST4)
+    assert world.agent.path.destination == PEER4
