@@ -6,6 +6,7 @@ it accepts any upgrade, answers joins and heartbeats, and answers close frames.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import socket as stdlib_socket
@@ -198,7 +199,8 @@ class Connection:
         """Resets the TCP connection."""
         if self.ended:
             return
-        self._client.setsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_LINGER, struct.pack("ii", 1, 0))
+        with contextlib.suppress(OSError):  # the server may have closed it already
+            self._client.setsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._client.close()
         self.ended = True
 
