@@ -102,13 +102,13 @@ class Capture:
         self._socket.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
         self._socket.setsockopt(_SOL_PACKET, _PACKET_AUXDATA, 1)
         self._socket.bind((interface, _ETH_P_ALL))
-        self._stopping = threading.Event()
+        self._until = float("inf")
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._to_boottime = time.clock_gettime(time.CLOCK_BOOTTIME) - time.time()
 
     def stop(self) -> list[Packet]:
-        """Take in what is queued, and no more."""
-        self._stopping.set()
+        """Take in what came until now, and no more."""
+        self._until = time.clock_gettime(time.CLOCK_BOOTTIME)
         self._thread.join()
         self._socket.close()
         return self.packets
@@ -116,7 +116,7 @@ class Capture:
     def _run(self) -> None:
         while True:
             if not select.select([self._socket], [], [], 0.02)[0]:
-                if self._stopping.is_set():
+                if time.clock_gettime(time.CLOCK_BOOTTIME) > self._until + 0.02:
                     return
                 continue
             data, ancillary, _, address = self._socket.recvmsg(1 << 17, 256)
@@ -127,6 +127,8 @@ class Capture:
                     at = seconds + nanoseconds / 1e9 + self._to_boottime
                 elif level == _SOL_PACKET and kind == _PACKET_AUXDATA:
                     complete = not struct.unpack_from("I", value)[0] & _CSUM_NOT_READY
+            if at > self._until:
+                return
             if data and data[0] >> 4 in {4, 6}:
                 self.packets.append(Packet(at, address[2] == _OUTGOING, data, complete))
 
@@ -135,7 +137,7 @@ class Capture:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self._stopping.is_set():
+        if self._thread.is_alive():
             self.stop()
 
 
