@@ -142,6 +142,30 @@ def test_without_segmentation_each_datagram_has_a_call(why: str):
     world.close()
 
 
+@pytest.mark.spec("TURN-59")
+@pytest.mark.parametrize("code", [0, errno.EIO])
+def test_channel_data_for_three_peers_over_one_relay_arrives_complete_and_in_order(world: World, code: int):
+    world.udp4.refuse = lambda sent: code if sent.segment else 0
+    for peer in (5, 6, 7):
+        if peer != world.PEER:
+            world.handshake(peer=peer)
+        world.gateway.set_path(peer, None, RELAY, 0x4000 + peer)
+    for number in range(4):
+        for peer in (5, 6, 7):
+            packet = udp(bytes([number]) * 100, source=SERVER4, destination=CLIENT4, dport=peer)
+            world.allow(packet, inbound=False, peer=peer)
+            world.read(packet)
+    world.gateway.flush()
+    arrived = world.udp4.datagrams
+    for peer in (5, 6, 7):
+        mine = [datagram[4:] for datagram in arrived if datagram[:2] == bytes((0x40, peer))]
+        counters = [int.from_bytes(message[8:16], "little") for message in mine]
+        assert counters == [0, 1, 2, 3]
+        assert all(len(message) == 128 + 32 for message in mine)
+    assert len(arrived) == 12
+    assert (max(world.udp4.sizes) == 1) == bool(code)
+
+
 # Errors.
 
 

@@ -302,7 +302,7 @@ def test_a_failed_connection_keeps_the_authorizations():
 # -- while connecting
 
 
-@pytest.mark.spec("CONN-31")
+@pytest.mark.spec("CONN-31", "TUNNEL-37")
 def test_user_packets_for_a_connecting_client_are_dropped_without_a_handshake():
     w = half_open()
     start = w.net.now
