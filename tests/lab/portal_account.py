@@ -99,6 +99,7 @@ class Account:
         self.iceless_allowed = False
         self.forbidden: set[str] = set()
         self.muted_events: set[str] = set()
+        self.flow_logs: dict[str, Any] = _FLOW_LOGS
         self._requests: dict[str, Request] = {}
 
     # --- coming and going ---
@@ -162,7 +163,7 @@ class Account:
                 "interface": interface,
                 "config": {"ipv4_masquerade_enabled": True, "ipv6_masquerade_enabled": True},
                 "account_slug": "lab",
-                "flow_logs": _FLOW_LOGS,
+                "flow_logs": self.flow_logs,
                 "authorizations": self.store.snapshot(device.id),
                 "relays": relays,
             }
@@ -173,7 +174,7 @@ class Account:
                 "resources": [r.for_client() for r in self.store.resources.values() if r.id not in self.forbidden],
                 "relays": relays,
                 "authorizations": [],
-                "flow_logs": _FLOW_LOGS,
+                "flow_logs": self.flow_logs,
             }
         await channel.push("init", payload)
 
@@ -477,7 +478,7 @@ class Account:
                 "account_id": "0f0f0f0f-1111-4222-8333-444444444444",
                 "iat": now,
                 "exp": expires_at + 30 * 86400,
-                "uploads_enabled": False,
+                "uploads_enabled": self.flow_logs["upload_interval_secs"] > 0,
                 "role": role,
                 "initiator_device_id": client.id,
                 "responder_device_id": gateway.id,

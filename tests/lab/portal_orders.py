@@ -214,14 +214,20 @@ class Orders:
         authorization_lifetime_s: float | None = None,
         iceless_allowed: bool | None = None,
         muted_events: list[str] | None = None,
+        flow_logs: dict[str, Any] | None = None,
     ) -> None:
-        """How long new authorizations last; whether ICE-less is offered; candidate events that are not forwarded."""
+        """How long new authorizations last; whether ICE-less is offered; candidate events that are not forwarded.
+
+        `flow_logs` is what the next `init` says of them; new authorizations allow uploads if its interval is not 0.
+        """
         if authorization_lifetime_s is not None:
             self.account.authorization_lifetime_s = authorization_lifetime_s
         if iceless_allowed is not None:
             self.account.iceless_allowed = iceless_allowed
         if muted_events is not None:
             self.account.muted_events = set(muted_events)
+        if flow_logs is not None:
+            self.account.flow_logs = flow_logs
 
     async def op_choose_relays(self: Portal, whom: str, relays: list[str] | None) -> None:
         """Restrict which relays a device (by id) or a kind of device is offered; None lifts it."""
