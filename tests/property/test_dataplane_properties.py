@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fzg.dataplane.engine import Datagram, InnerPacket, OutboundPacket, Rewrite
 from fzg.dataplane.flows import Flow, flow_key, pack_key
+from fzg.dataplane.pure import PureEngine
 from fzg.dataplane.replay import ReplayWindow
 from fzg.dataplane.sessions import Peer
 from fzg.sansio import Transmit
@@ -76,6 +77,29 @@ def test_the_replay_window_agrees_on_long_disordered_streams(seed: int, spread: 
         assert window.accepts(counter) is expected
         if expected:
             window.mark(counter)
+            seen.add(counter)
+            following = max(following, counter + 1)
+
+
+@given(st.integers(0, 2**31), st.integers(1, 400))
+@settings(max_examples=15, deadline=None)
+def test_an_engine_accepts_what_a_set_of_the_last_8192_counters_does(seed: int, spread: int) -> None:
+    generator = random.Random(seed)
+    engine, client = World.engine(), PureEngine()
+    engine.add_session(1, 7, 8, receive_key=bytes(32), send_key=bytes(32), now=1.0)
+    client.add_session(1, 8, 7, receive_key=bytes(32), send_key=bytes(32), now=1.0)
+    client.use_session(1, 8)
+    seen: set[int] = set()
+    packet, following, base = udp(), 0, 0
+    for _ in range(3000):
+        base += generator.choice((0, 1, 1, 1, generator.randrange(spread * 20)))
+        counter = max(0, base - generator.randrange(spread * 25))
+        expected = counter >= following or (counter + 8192 >= following and counter not in seen)
+        client._sessions[8].next_counter = counter
+        message = client.seal(1, packet, 1.0)
+        items = engine.handle_datagram(Datagram(message, CLIENT, GATEWAY, 0), 1.0)
+        assert any(isinstance(item, InnerPacket) for item in items) is expected
+        if expected:
             seen.add(counter)
             following = max(following, counter + 1)
 

@@ -122,6 +122,8 @@ class Pair:
         self.now = 10.0
         self.sessions: list[tuple[int, int]] = []
         self.sealed: list[bytes] = []
+        self.remote_indices = iter(range(0x900, 1 << 24))  # never twice, so that index and counter name key and nonce
+        self.nonces: set[bytes] = set()
         self.templates = [self.template() for _ in range(6)]
         self.sequence = dict.fromkeys(range(6), 1)
 
@@ -140,11 +142,21 @@ class Pair:
             pure.os, tun_offload.os = kept
 
     def compare(self) -> None:
-        assert self.native.take() == self.pure.take()
+        written, sent = self.native.take()
+        assert (written, sent) == self.pure.take()
+        for _, datagrams, *_ in sent:
+            for datagram in datagrams:
+                self.note_nonce(datagram[4:] if datagram[0] == 0x40 else datagram)
         for peer in PEERS:
             self.both(lambda side: side.engine.activity(peer))
         self.both(lambda side: {name: count for name, count in side.engine.counters().items() if count})
         self.both(lambda side: list(side.engine.congested()))
+
+    def note_nonce(self, datagram: bytes) -> None:
+        """The same key and nonce never make two messages."""
+        if len(datagram) >= 32 and datagram[:4] == b"\4\0\0\0":
+            assert datagram[4:16] not in self.nonces
+            self.nonces.add(datagram[4:16])
 
     # -- contents.
 
@@ -233,7 +245,12 @@ class Pair:
         if chance < 0.1 and self.sealed:
             return self.random.choice(self.sealed)
         plaintext = self.packet() if self.random.random() < 0.93 else b""
-        sealed = self.client.seal(self.random.choice(PEERS), plaintext[:1280], 1.0)
+        peer = self.random.choice(PEERS)
+        session = self.client._peers[peer].current if peer in self.client._peers else None
+        if session is not None and self.random.random() < 0.1:
+            jump = self.random.choice((-1, -63, -64, -65, -8191, -8192, -8193, 63, 64, 8128, 8192, 8256, 1 << 40))
+            session.next_counter = min(max(0, session.next_counter + jump), (1 << 64) - 5000)
+        sealed = self.client.seal(peer, plaintext[:1280], 1.0)
         if sealed is None:
             return b"stun"
         self.sealed = [*self.sealed[-20:], sealed]
@@ -251,7 +268,7 @@ class Pair:
 
     def handshake(self) -> None:
         peer, number = self.random.choice(PEERS), self.random.randrange(1, 4)
-        ours, theirs = peer << 8 | number, 0x900 + (peer << 12 | number)
+        ours, theirs = peer << 8 | number, next(self.remote_indices)
         keys = [bytes((number, way, peer)) + self.random.randbytes(29) for way in (1, 2)]
         names = {"receive_key": keys[0], "send_key": keys[1]}
         self.both(lambda side: side.engine.add_session(peer, ours, theirs, **names, now=self.now))
@@ -314,7 +331,8 @@ class Pair:
 
     def seal(self) -> None:
         peer, packet = self.random.choice(PEERS), self.packet() if self.random.random() < 0.8 else b""
-        self.both(lambda side: side.engine.seal(peer, packet, self.now))
+        message = self.both(lambda side: side.engine.seal(peer, packet, self.now))
+        self.note_nonce(message or b"")
 
     def arrive(self) -> None:
         source, ecn = self.random.choice(CLIENTS), self.random.randrange(4)

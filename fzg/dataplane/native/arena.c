@@ -2,14 +2,24 @@
 
 #include <stdlib.h>
 
+#include "sanitize.h"
+
 /* Chunks kept for reuse: more than one turn fills, 2 MB. */
 enum { MAX_SPARES = 16 };
+
+/* `size` bytes behind what is used, and none after them. */
+static uint8_t *room(struct chunk *chunk, size_t size)
+{
+    FORBID(chunk->octets + chunk->used, CHUNK_SIZE - chunk->used);
+    ALLOW(chunk->octets + chunk->used, size);
+    return chunk->octets + chunk->used;
+}
 
 uint8_t *arena_reserve(struct arena *arena, size_t size)
 {
     struct chunk *chunk = arena->current;
     if (chunk && chunk->used + size <= CHUNK_SIZE)
-        return chunk->octets + chunk->used;
+        return room(chunk, size);
     if (size > CHUNK_SIZE)
         return NULL;
     if (arena->spare) {
@@ -24,7 +34,7 @@ uint8_t *arena_reserve(struct arena *arena, size_t size)
     chunk->references = 0;
     chunk->used = 0;
     arena->current = chunk; /* the one before has references, or it would have been empty */
-    return chunk->octets;
+    return room(chunk, size);
 }
 
 struct chunk *arena_commit(struct arena *arena, size_t size)

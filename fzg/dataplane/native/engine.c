@@ -2,6 +2,8 @@
 
 #include <stdlib.h>
 
+#include "sanitize.h"
+
 enum {
     /* Packets of one turn, after which other sockets get theirs: near half a millisecond of this engine's time. */
     TURN_PACKETS = 512,
@@ -509,11 +511,13 @@ int engine_receive_tun(struct engine *engine, double now)
     int64_t budget = engine->turn_packets;
     begin_turn(engine, now);
     while (budget > 0) {
+        ALLOW(engine->read, READ_BUFFER_SIZE);
         ssize_t length = tun->calls->read(tun->calls_context, tun->descriptor, engine->read, READ_BUFFER_SIZE);
         if (length == -EAGAIN)
             break;
         if (length <= 0)
             return length ? (int)length : -ENODEV;
+        FORBID(engine->read + length, READ_BUFFER_SIZE - (size_t)length);
         uint32_t before = engine->turn.packets;
         take_read(engine, (uint32_t)length);
         uint32_t taken = engine->turn.packets - before;
@@ -533,7 +537,9 @@ void engine_handle_packet(struct engine *engine, const uint8_t *packet, uint32_t
         engine->counters.drop_tun_malformed++;
         return;
     }
+    ALLOW(engine->read, length);
     memcpy(engine->read, packet, length);
+    FORBID(engine->read + length, READ_BUFFER_SIZE - length);
     take_packet(engine, engine->read, length, packet);
 }
 

@@ -3,6 +3,8 @@
 #include <netinet/in.h>
 #include <stdlib.h>
 
+#include "sanitize.h"
+
 /* <linux/udp.h>: not in every C library's headers. */
 #ifndef SOL_UDP
 #define SOL_UDP 17
@@ -55,6 +57,7 @@ int udp_receive(struct udp_port *port, struct receiver *receiver, unsigned count
     if (count > RECEIVE_MESSAGES)
         count = RECEIVE_MESSAGES;
     for (unsigned i = 0; i < count; i++) {
+        ALLOW(receiver->buffers[i], RECEIVE_BUFFER_SIZE);
         receiver->parts[i] = (struct iovec){receiver->buffers[i], RECEIVE_BUFFER_SIZE};
         receiver->messages[i] = (struct mmsghdr){
             .msg_hdr = {
@@ -117,6 +120,7 @@ bool udp_arrival(struct udp_port *port, const struct receiver *receiver, unsigne
         .octets = receiver->buffers[index], .length = message.msg_len, .stride = message.msg_len,
         .local = {.port = port->number},
     };
+    FORBID(receiver->buffers[index] + message.msg_len, RECEIVE_BUFFER_SIZE - message.msg_len);
     read_control(&message.msg_hdr, arrival);
     if (!arrival->local.size) {
         port->counters.without_local_address++;
