@@ -60,7 +60,6 @@ def test_an_interval_of_zero_removes_the_settings_and_stops_the_spooling(output,
     wait_until(lambda: not (root / "upload.json").exists())
     output.close()
     assert len(files(root)) == 2
-    output.configure(None)
 
 
 @pytest.mark.parametrize(("wanted", "used"), [(0, 1000), (1, 1), (10_000, 10_000), (10_001, 10_000), (1 << 64, 10_000)])
