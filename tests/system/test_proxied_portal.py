@@ -154,6 +154,8 @@ def test_the_whole_program_finds_its_proxy_and_its_authorities_in_the_environmen
             prefix=ORDINARY_USER if capability else [],
             FIREZONE_API_URL=f"wss://{NAME}",
             HTTPS_PROXY=f"http://edge:s3cret%25@127.0.0.1:{proxy.port}",
+            NO_PROXY="",
+            no_proxy="",
             NO_PROXY="localhost",
             SSL_CERT_FILE=str(certificate),
         )
@@ -167,6 +169,11 @@ def test_the_whole_program_finds_its_proxy_and_its_authorities_in_the_environmen
 @pytest.mark.slow
 @pytest.mark.needs("namespaces", "tun", "ip", "nft")
 def test_a_proxy_that_cannot_be_used_ends_the_start_with_one_sentence(start):
-    line = start(FIREZONE_API_URL=f"wss://{NAME}", HTTPS_PROXY="socks5://edge:s3cret@127.0.0.1:1080").fails()
+    line = start(
+        FIREZONE_API_URL=f"wss://{NAME}",
+        HTTPS_PROXY="socks5://edge:s3cret@127.0.0.1:1080",
+        NO_PROXY="",
+        no_proxy="",
+    ).fails()
     assert "HTTPS_PROXY names a proxy with the scheme 'socks5'; only http:// can be used" in line
     assert "s3cret" not in line
