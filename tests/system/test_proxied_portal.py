@@ -154,8 +154,7 @@ def test_the_whole_program_finds_its_proxy_and_its_authorities_in_the_environmen
             prefix=ORDINARY_USER if capability else [],
             FIREZONE_API_URL=f"wss://{NAME}",
             HTTPS_PROXY=f"http://edge:s3cret%25@127.0.0.1:{proxy.port}",
-            NO_PROXY="",
-            no_proxy="",
+            no_proxy="localhost",
             NO_PROXY="localhost",
             SSL_CERT_FILE=str(certificate),
         )
