@@ -331,14 +331,17 @@ class Lab:
         self._stack.callback(self.portal.close)
         self.processes["portal"] = self.portal.process
 
-    def start_relay(self, number: int) -> RelayProcess:
-        """Relay `number` (from 0); returns once it has joined and serves."""
+    def start_relay(self, number: int, *, program: str | None = None) -> RelayProcess:
+        """Relay `number` (from 0), once it has joined and serves; one that the scenario does not have gets a place."""
         name = f"relay{number + 1}"
+        if name not in self.places:
+            public = _RELAY_NUMBERS[0] + number
+            self.places[name] = self.network.party(name, Nat.NONE, public=public, private=29)
         place = self.places[name]
         # A relay has no name server; it must find the portal by address.
         url = f"{'wss' if self.scenario.tls else 'ws'}://{self.places['portal'].public_ipv4}:{PORTAL_PORT}"
         relay = RelayProcess(
-            program=self.scenario.relays[number],
+            program=program or self.scenario.relays[number],
             name=name,
             ipv4=place.public_ipv4,
             ipv6=place.public_ipv6,
@@ -522,8 +525,8 @@ def run_until_interrupted(lab: Lab) -> None:
         for name, process in lab.processes.items():
             namespace = lab.places[name].namespace.name if name in lab.places else "resources"
             print(f"{name:10} pid {process.pid:<8} {namespace:40} {process.log}")
-        print("a shell in a place: nsenter --net=/run/netns/NAME; Ctrl-C ends everything", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
+            print("a shell in a place: nsenter --net=/run/netns/NAME; Ctrl-C ends everything", flush=True)
             while all(process.running for process in lab.processes.values()):
                 time.sleep(0.5)
             ended = [name for name, process in lab.processes.items() if not process.running]
