@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 _ENVIRONMENT = "FIREZONE_ENGINE"  # `pure` or `native`, for tests and comparisons
-_DEFAULT = "pure"
 
 
 class EngineUnavailableError(Exception):
@@ -23,14 +22,13 @@ class EngineUnavailableError(Exception):
 
 def make_engine() -> Engine:
     """A fresh engine. Raises `EngineUnavailableError` if it must be native and is not there."""
-    required = os.environ.get("FZG_REQUIRE_NATIVE") == "1"
-    wanted = os.environ.get(_ENVIRONMENT) or ("native" if required else _DEFAULT)
+    wanted = os.environ.get(_ENVIRONMENT)
     if wanted == "pure":
         return PureEngine()
     try:
         from fzg.dataplane._native import NativeEngine
     except ImportError as error:
-        if required or _ENVIRONMENT in os.environ:
+        if wanted == "native" or os.environ.get("FZG_REQUIRE_NATIVE") == "1":
             raise EngineUnavailableError(f"the native packet engine is not there: {error}") from error
         _LOG.info("Packets are handled in Python, several times slower: the native engine was not built")
         return PureEngine()
