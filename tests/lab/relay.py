@@ -109,7 +109,7 @@ class Relay:
         self._wake_reader.setblocking(False)
         self._selector.register(self._wake_reader, selectors.EVENT_READ, self._on_wake)
         self._buffer = bytearray(1 << 17)
-        self._running = False
+        self._stopped = False  # a stop may come before `run` begins
         self._thread: int | None = None
         self._clock_base = time.monotonic()
         self._clock_factor = 1.0
@@ -138,10 +138,9 @@ class Relay:
 
     def run(self) -> None:
         """Serve until `stop`."""
-        self._running = True
         self._thread = threading.get_ident()
         sweep = time.monotonic() + 1
-        while self._running:
+        while not self._stopped:
             timeout = sweep - time.monotonic()
             if self._delayed:
                 timeout = min(timeout, self._delayed[0][0] - time.monotonic())
@@ -160,7 +159,7 @@ class Relay:
 
     def stop(self) -> None:
         """End `run`, from any thread or a signal handler."""
-        self._running = False
+        self._stopped = True
         self._wake_writer.send(b"x")
 
     def post(self, order: Callable[[], Any]) -> Any:
