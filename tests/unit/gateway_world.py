@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import heapq
 import itertools
 import os
@@ -312,13 +313,15 @@ class Socket(FakeUdp):
         super().__init__()
         self.party = party
         self.own = Endpoint(address, PORT)
+        self.refuse = lambda sent: errno.EINVAL if sent.source and sent.source not in party.addresses else 0
 
     def sendmsg(self, payloads, ancillary, flags, address) -> int:
         octets = super().sendmsg(payloads, ancillary, flags, address)
         sent = self.sent.pop()
         source = Endpoint(sent.source, PORT) if sent.source else self.own
+        nat = self.party.nat if source.is_ipv4 else None
         for datagram in sent.datagrams:
-            self.party.net.send(source, Endpoint.of(*address[:2]), datagram, self.party.nat)
+            self.party.net.send(source, Endpoint.of(*address[:2]), datagram, nat)
         return octets
 
 
@@ -332,10 +335,12 @@ class Party(Host):
         self.engine = PureEngine()
         self.static = KeyPair.generate(self.random)
         self.addresses = [ip_address(text).packed for text in addresses]
+        self.sockets: dict[int, Socket] = {}
         for packed in self.addresses:
             net.hosts[packed] = self
             family = socket.AF_INET if len(packed) == 4 else socket.AF_INET6
-            self.engine.attach_udp(family, Socket(self, packed), port=PORT)
+            self.sockets[len(packed)] = Socket(self, packed)
+            self.engine.attach_udp(family, self.sockets[len(packed)], port=PORT)
         if nat is not None:
             net.nats[nat.public] = nat
         self.tun, self.kernel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
@@ -345,6 +350,15 @@ class Party(Host):
     @property
     def now(self) -> float:
         return self.net.now
+
+    def renumber(self, address: str) -> None:
+        """The host gets another address of this family in place of the one it had; nobody is told."""
+        packed = ip_address(address).packed
+        at = next(i for i, old in enumerate(self.addresses) if len(old) == len(packed))
+        del self.net.hosts[self.addresses[at]]
+        self.addresses[at] = packed
+        self.net.hosts[packed] = self
+        self.sockets[len(packed)].own = Endpoint(packed, PORT)
 
     def receive(self, payload: bytes, source: Endpoint, local: Endpoint) -> None:
         self.dispatch(self.engine.handle_datagram(Datagram(payload, source, local, 0), self.now))
