@@ -145,11 +145,18 @@ class Host:
 
     def iperf3(self, *options: str, server: str = IPERF3_SERVER, seconds: int = 5) -> dict[str, Any]:
         """Run `iperf3 -c` there and return its JSON report; RuntimeError with its complaint if it failed."""
-        done = self.run("iperf3", "-J", "-c", server, "-t", str(seconds), *options, timeout=seconds + 30, check=False)
-        report: dict[str, Any] = json.loads(done.stdout) if done.stdout.strip() else {"error": done.stderr}
+        command = ("iperf3", "-J", "-c", server, "-t", str(seconds), *options)
+
+        def measured() -> dict[str, Any] | None:
+            done = self.run(*command, timeout=seconds + 30, check=False)
+            report: dict[str, Any] = json.loads(done.stdout) if done.stdout.strip() else {"error": done.stderr}
+            # The server may still be at the end of the test before.
+            return None if "server is busy" in report.get("error", "") else report
+
+        report = wait_until(measured, timeout=5, what="the iperf3 server is free")
         if "error" in report:
             raise RuntimeError(f"iperf3 {options}: {report['error']}")
-        return report
+        return dict(report)
 
 
 class Gateway(Host):

@@ -1,4 +1,4 @@
-"""Relays that restart, move, leave and come back under connections that need them (spec operations.md 5.2, historic)."""
+"""Relays that restart, move, leave and come back under connections that need them (operations.md 5.2, historic)."""
 
 from __future__ import annotations
 

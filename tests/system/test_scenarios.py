@@ -5,6 +5,8 @@ Not here: S4, S19 and S21, in which the gateway has no part; S11, S14 and S18, w
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +22,7 @@ from tests.lab.scenario import PORTAL_PORT, TUN, Lab
 pytestmark = [
     pytest.mark.needs("root", "ip", "nft", "setpriv", "unshare", "curl", "tun"),
     pytest.mark.slow,
+    pytest.mark.spec("OPS-37"),
 ]
 
 MEGABYTE = 1_000_000
@@ -30,6 +33,7 @@ TEN_MEGABYTES = "http://download.httpbin/bytes?num=10000000"
 SHA256_OF_TEN_MILLION_ZEROS = "f5e02aa71e67f41d79023a128ca35bad86cf7b6656967bfe0884b3a3c4325eaf"
 STALL = ("--connect-timeout", "10", "--speed-limit", "102400", "--speed-time", "10")
 RELAYED = {"RelayToPeer", "PeerToRelay", "RelayToRelay"}
+FLOW_LOGS = {"FIREZONE_FLOW_LOGS": "true"}
 
 
 def sha256_of(client, url, *options):
@@ -38,16 +42,38 @@ def sha256_of(client, url, *options):
     return client.run("bash", "-c", script, "bash", *options, url, timeout=90).stdout.split()[0]
 
 
+class Flows:
+    """The records of TCP flows to the download server that the gateway logs from now on."""
+
+    def __init__(self, lab):
+        self._process = lab.gateway.process
+        self._from = len(self._process.log_text())
+
+    def records(self, what):
+        """The fields of all records, split as operators' tools do it (spec operations.md 1.8)."""
+        text = self._process.log_text()[self._from :]
+        lines = re.findall(rf"flow_logs: TCP flow {what} (.*)", text)
+        fields = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in lines]
+        return [each for each in fields if each["inner_dst_ip"] == "172.21.0.101"]
+
+    def ended(self, count):
+        """All that ended, once every one that began has; there must be `count`."""
+        wait_until(lambda: len(self.records("completed")) >= count, timeout=5, what=f"{count} flows are completed")
+        completed = self.records("completed")
+        assert len(completed) == len(self.records("started")) == count
+        return completed
+
+
 @pytest.fixture(scope="module")
 def direct():
-    with Lab("direct", iperf3=shutil.which("iperf3") is not None) as lab:
+    with Lab("direct", iperf3=shutil.which("iperf3") is not None, gateway_environment=FLOW_LOGS) as lab:
         without_offload(lab.places["gateway"].namespace, "eth0", "resources", "dns_resources")
         yield lab
 
 
 @pytest.fixture(scope="module")
 def relayed():
-    with Lab("relayed", iperf3=shutil.which("iperf3") is not None) as lab:
+    with Lab("relayed", iperf3=shutil.which("iperf3") is not None, gateway_environment=FLOW_LOGS) as lab:
         yield lab
 
 
@@ -99,8 +125,16 @@ def test_cidr_resources_by_both_families(lab):
 
 
 @both_paths
-def test_s9_ten_megabytes_arrive_as_they_were_sent(lab):
+def test_s9_ten_megabytes_arrive_as_they_were_sent_and_are_one_flow(lab):
+    download_as_one_flow(lab)
+
+
+def download_as_one_flow(lab):
+    flows = Flows(lab)
     assert sha256_of(lab.client, TEN_MEGABYTES, *STALL) == SHA256_OF_TEN_MILLION_ZEROS
+    (flow,) = flows.ended(1)
+    assert flow["domain"] == "download.httpbin"
+    assert int(flow["rx_bytes"]) >= 10 * MEGABYTE
 
 
 @both_paths
@@ -175,21 +209,26 @@ def test_no_checksum_is_wrong_on_the_wire(lab):
 
 def test_s15_a_reset_download_ends_at_the_resource_too(lab):
     url = "http://download.httpbin/bytes?num=100000000"
+    flows = Flows(lab)
     with Capture(lab.network.namespaces["resources"], "dns_resources") as seen:
         aborted = lab.client.download(url, timeout=1.0)
         assert 0 < aborted.bytes < 100_000_000
         ended = lambda: [p for p in list(seen.packets) if not p.outgoing and p.protocol == 6 and p.transport[13] & 5]
         wait_until(ended, timeout=5, what="FIN or RST at the resource")
+    (flow,) = flows.ended(1)
+    assert 0.5 * aborted.bytes < int(flow["rx_bytes"]) < 100_000_000
     assert lab.client.curl(BY_DNS).ok
 
 
 def test_s16_three_names_of_one_address_from_one_source_port(lab):
     lab.client.namespace.sysctl(ipv4__ip_local_port_range="5555 5555")
+    flows = Flows(lab)
+    sizes = {"download": 5 * MEGABYTE, "alias": 7 * MEGABYTE, "alias2": 9 * MEGABYTE}
     try:
         with Capture(lab.network.namespaces["resources"], "dns_resources") as seen, ThreadPoolExecutor(3) as pool:
             jobs = {
                 size: pool.submit(lab.client.download, f"http://{name}.httpbin/bytes?num={size}", timeout=15)
-                for name, size in (("download", 5 * MEGABYTE), ("alias", 7 * MEGABYTE), ("alias2", 9 * MEGABYTE))
+                for name, size in sizes.items()
             }
         for size, job in jobs.items():
             fetched = job.result()
@@ -200,6 +239,10 @@ def test_s16_three_names_of_one_address_from_one_source_port(lab):
     opened = [p for p in seen.packets if not p.outgoing and p.protocol == 6 and p.transport[13] & 0x12 == 2]
     assert {p.destination for p in opened} == {"172.21.0.101"}
     assert len({p.ports for p in opened}) == 3
+    received = {flow["domain"]: int(flow["rx_bytes"]) for flow in flows.ended(3)}
+    assert received.keys() == {f"{name}.httpbin" for name in sizes}
+    for name, size in sizes.items():
+        assert size <= received[f"{name}.httpbin"] <= size + MEGABYTE
 
 
 @pytest.mark.spec("PORTAL-38")
@@ -276,8 +319,8 @@ def test_s20_a_gateway_that_restarts_says_goodbye_and_clients_come_back(lab):
 
 
 def test_s10_a_download_between_two_symmetric_nats_over_one_relay():
-    with Lab("one-relay") as lab:
-        assert sha256_of(lab.client, TEN_MEGABYTES, *STALL) == SHA256_OF_TEN_MILLION_ZEROS
+    with Lab("one-relay", gateway_environment=FLOW_LOGS) as lab:
+        download_as_one_flow(lab)
         assert set(lab.client.paths()) <= RELAYED
         assert lab.warnings() == []
 
@@ -294,8 +337,8 @@ def test_a_download_over_coturn(relays):
 
 @pytest.mark.spec("OPS-31", "TUNNEL-85")
 def test_s12_a_gateway_without_ipv6():
-    with Lab("no-ipv6") as lab:
-        assert sha256_of(lab.client, TEN_MEGABYTES, *STALL) == SHA256_OF_TEN_MILLION_ZEROS
+    with Lab("no-ipv6", gateway_environment=FLOW_LOGS) as lab:
+        download_as_one_flow(lab)
         assert lab.client.curl(BY_IPV4).ok
         gateway = lab.gateway
         assert gateway.run("ip", "-6", "route", "show", "table", "all", check=False).stdout == ""
@@ -320,9 +363,10 @@ def test_s13_a_download_with_a_fifth_of_the_clients_packets_lost():
 
 def test_s17_a_download_survives_a_client_that_moves():
     size = 3 * MEGABYTE
-    with Lab() as lab, ThreadPoolExecutor(1) as pool:
+    with Lab(gateway_environment=FLOW_LOGS) as lab, ThreadPoolExecutor(1) as pool:
         client = lab.client
         assert client.curl(BY_DNS).ok
+        flows = Flows(lab)
         # Small enough that the download is under way when the client moves.
         client.namespace.sysctl(ipv4__tcp_rmem="4096 1000000 1000000")
         url = f"http://download.httpbin/bytes?num={size}"
@@ -339,6 +383,8 @@ def test_s17_a_download_survives_a_client_that_moves():
         fetched = job.result()
         assert fetched.ok, fetched
         assert fetched.bytes == size
+        (flow,) = flows.ended(1)
+        assert len({(outer["src_ip"], outer["src_port"]) for outer in json.loads(flow["outers"])}) >= 2
         assert lab.warnings() == []
 
 
