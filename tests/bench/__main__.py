@@ -15,23 +15,41 @@ import click
 import pytest
 from rich.console import Console
 
+from fzg.dataplane.pure import PureEngine
 from tests.bench import measurements
 from tests.bench.figures import Figures, machine
-from tests.bench.sites import CLIENT_ENGINE, ROUTING, WIREGUARD_GO, Site, figure_name
+from tests.bench.plot import draw
+from tests.bench.sites import CLIENT_ENGINE, PURE, ROUTING, WIREGUARD_GO, Site, figure_name
 from tests.interop.wireguard_go.program import missing
 from tests.lab.control import ControlError
 from tests.lab.namespaces import can_make_namespaces, user_namespace_command
 from tests.lab.scenario import available
+from tests.unit.dataplane_world import ENGINES
 
 if TYPE_CHECKING:
+    from rich.status import Status
+
     from tests.bench.measurements import Measurement
 
 RUNS = 5  # that count; one more comes before them and is dropped
 CONNECTIONS = 30  # of each kind, spread over the runs
 DIRECTIONS = ("up", "down")
 _PATHS = {WIREGUARD_GO: "direct", ROUTING: ""}
-_DIRECTED = ("tcp1", "tcp4", "udp1200_mbit", "cpu_s_per_gb", "segments")
-_PLAIN = ("rtt_ms", "connect_ms", "connect_authorized_ms", "connect_established_ms", "authorize_ms")
+CROWD = 100  # other clients that are connected all the time
+_DIRECTED = (
+    *("tcp1", "tcp4", "udp1200_mbit", "udp64_kpps", "cpu_s_per_gb", "segments", "ping_p99_ms", "stun_p99_ms"),
+    *("handshake_p99_ms", "python_percent_in", "python_percent_out", "udp_buffer_errors"),
+    *("turn1", f"turn{measurements.TURN_CONNECTIONS}"),
+)
+_PLAIN = (
+    "tcp_both",
+    "cpu_percent_after",
+    "rtt_ms",
+    "connect_ms",
+    "connect_authorized_ms",
+    "connect_established_ms",
+    "authorize_ms",
+)
 # How a measurement may fail: an echo without answer, a complaint of iperf3, an order that the lab refused.
 _FAILURES = (RuntimeError, TimeoutError, ControlError, subprocess.TimeoutExpired)
 LEAST_OF_ROUTING = 0.05
@@ -63,11 +81,14 @@ def main(only: str, runs: int, output: Path) -> None:
     if not figures.summary() and not failures:
         raise click.ClickException(f"no figure is called {only}")
     figures.write(output, about)
+    picture = output.with_suffix(".svg")
+    caption = f"{about['cpu']}, {about['cores']} cores, Linux {about['kernel']}"
+    picture.write_text(draw(figures.summary(), f"{caption}, wireguard-go {about.get('wireguard_go', 'not measured')}"))
     # Wide enough for all columns where the output is a file.
     Console(width=None if sys.stdout.isatty() else 140).print(figures.table())
     print(f"{about['cpu']}, {about['cores']} cores, Linux {about['kernel']}, Python {about['python']}")
     print(f"client with the {CLIENT_ENGINE} engine, wireguard-go {about.get('wireguard_go', 'not measured')}")
-    print(f"also in {output}; {about['seconds']:.0f} s, {runs} runs after one that was dropped")
+    print(f"also in {output} and {picture}; {about['seconds']:.0f} s, {runs} runs after one that was dropped")
     _check_yardstick(figures)
     if failures:
         sys.exit(1)
@@ -78,54 +99,89 @@ def _measure(figures: Figures, about: dict[str, Any], runs: int, console: Consol
     began = time.monotonic()
     failures: list[str] = []
     with contextlib.ExitStack() as stack, console.status("") as status:
-        sites = []
-        beside = [program for program in (WIREGUARD_GO, ROUTING) if _is_wanted(figures, _PATHS[program], program)]
-        for path in ("direct", "relayed"):
-            if _is_wanted(figures, path, "gateway") or (path == "direct" and beside):
-                status.update(f"building the {path} network")
-                sites.append(stack.enter_context(Site(path)))
-        for site in sites[:1]:
-            figures.add(measurements.memory(site.programs[0], "idle"))
-        if ROUTING in beside:
-            sites[0].add_routing()
-        if WIREGUARD_GO in beside and (reason := missing()) is not None:
-            console.print(f"without wireguard-go: {reason}")
-        elif WIREGUARD_GO in beside:
-            status.update("building and starting wireguard-go")
-            about["wireguard_go"] = sites[0].add_wireguard_go()
-        plan = [each for each in _plan(sites, runs) if any(map(figures.wants, each.names))]
-        for run in range(runs + 1):
-            for number, each in enumerate(plan, 1):
-                stage = f"run {run} of {runs}" if run else "warming up"
-                status.update(f"{stage}, {number}/{len(plan)}: {each.title}, {each.names[0]}")
-                try:
-                    values = each.run()
-                except _FAILURES as error:
-                    failures.append(f"{each.names[0]}, {stage}: {error}")
-                    continue
-                if run:
-                    figures.add(values)
-        for program in sites[0].programs if sites else ():
-            if program.cost is not None:
-                figures.add(measurements.memory(program, "loaded"))
+        sites = _build(figures, about, stack, status)
+        if sites:
+            figures.add({"rss_mib.idle.gateway": sites[0].idle.rss_mib})
+        for plan in (_plan(sites, runs), _plan_of_many(sites)):
+            wanted = [each for each in plan if any(map(figures.wants, each.names))]
+            if wanted and plan and plan[0].title.endswith("in turn"):
+                status.update(f"connecting {measurements.TURN_CONNECTIONS} clients")
+                sites[0].add_crowd(measurements.TURN_CONNECTIONS)
+                sites[0].resources.listen(sites[0].programs[0].server, measurements.TURN_PORT)
+            for run in range(runs + 1):
+                for number, each in enumerate(wanted, 1):
+                    if not run and not each.warms_up:
+                        continue
+                    stage = f"run {run} of {runs}" if run else "warming up"
+                    status.update(f"{stage}, {number}/{len(wanted)}: {each.title}, {each.names[0]}")
+                    try:
+                        values = each.run()
+                    except _FAILURES as error:
+                        failures.append(f"{each.names[0]}, {stage}: {error}")
+                        continue
+                    if run:
+                        figures.add(values)
+            for program in sites[0].programs if sites and plan and plan[0].title == "TCP, 1 stream" else ():
+                if program.pid is not None:
+                    figures.add(measurements.memory(program))
     about["seconds"] = round(time.monotonic() - began, 1)
     return failures
+
+
+def _build(figures: Figures, about: dict[str, Any], stack: contextlib.ExitStack, status: Status) -> list[Site]:
+    """Sites for what is wanted: the gateway's direct one first, with the programs beside it."""
+    sites = []
+    beside = [program for program in (WIREGUARD_GO, ROUTING) if _is_wanted(figures, _PATHS[program], program)]
+    for path, program in (("direct", "gateway"), ("relayed", "gateway"), ("direct", PURE)):
+        is_first = not sites and program == "gateway"
+        if _is_wanted(figures, path, program) or (is_first and path == "direct" and beside):
+            status.update(f"building the {path} network of the {program}")
+            sites.append(stack.enter_context(Site(path, engine="pure" if program == PURE else CLIENT_ENGINE)))
+    if sites and sites[0].path == "direct" and sites[0].program_name == "gateway":
+        status.update(f"connecting {CROWD} clients")
+        sites[0].add_crowd(CROWD)
+    if ROUTING in beside:
+        sites[0].add_routing()
+    if WIREGUARD_GO in beside and (reason := missing()) is not None:
+        status.console.print(f"without wireguard-go: {reason}")
+    elif WIREGUARD_GO in beside:
+        status.update("building and starting wireguard-go")
+        about["wireguard_go"] = sites[0].add_wireguard_go()
+    return sites
 
 
 def _plan(sites: list[Site], runs: int) -> list[Measurement]:
     """One run: what is compared comes one after the other."""
     each = [(site, program) for site in sites for program in site.programs]
+    tunnels = [one for one in each if one[1].name in {"gateway", WIREGUARD_GO}]
+    direct = [one for one in each if one[1].path == "direct"]
+    with_neighbour = [one for one in tunnels if one[0].crowd is not None]
     plan = []
-    for streams in (1, 4):
-        for direction in DIRECTIONS:
-            of_all = each if streams == 1 else [one for one in each if one[1].path == "direct"]
-            plan += [measurements.tcp(*one, streams=streams, direction=direction) for one in of_all]
     for direction in DIRECTIONS:
-        plan += [measurements.udp(*one, direction=direction) for one in each if one[1].path == "direct"]
-    plan += [measurements.round_trip(*one) for one in each]
+        plan += [measurements.tcp(*one, streams=1, direction=direction) for one in each]
+    for direction in DIRECTIONS:
+        plan += [measurements.tcp(*one, streams=4, direction=direction) for one in tunnels]
+    plan += [measurements.tcp_both(*one) for one in tunnels]
+    for direction in DIRECTIONS:
+        plan += [measurements.under_load(*one, direction=direction) for one in with_neighbour]
+    plan += [measurements.calm(*one) for one in with_neighbour if one[1].name == "gateway"]
+    for direction in DIRECTIONS:
+        plan += [measurements.udp(*one, direction=direction) for one in direct]
+    for direction in DIRECTIONS:
+        small = measurements.UDP_SMALL_PAYLOAD
+        plan += [measurements.udp(*one, direction=direction, size=small) for one in direct if one in tunnels]
+    plan += [measurements.round_trip(*one) for one in each if one[1].name != PURE]
     count = -(-CONNECTIONS // runs)
-    plan += [measurements.connections(site, site.programs[0], count=count) for site in sites]
+    plan += [measurements.connections(one[0], one[1], count=count) for one in tunnels if one[1].name == "gateway"]
+    plan += [measurements.engine_alone(engine, PURE if engine is PureEngine else "gateway") for engine in ENGINES]
     return plan
+
+
+def _plan_of_many(sites: list[Site]) -> list[Measurement]:
+    """Apart, since the gateway has more clients then."""
+    if not sites or sites[0].crowd is None:
+        return []
+    return [measurements.in_turn(sites[0], clients=clients) for clients in (1, measurements.TURN_CONNECTIONS)]
 
 
 def _is_wanted(figures: Figures, path: str, program: str) -> bool:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 UNITS = {
     "tcp": "Gbit/s",
     "udp1200_mbit": "Mbit/s",
+    "udp64_kpps": "1000/s",
+    "engine64_kpps": "1000/s",
+    "turn": "Gbit/s",
     "cpu_s_per_gb": "s/GB",
     "connect_ms": "ms",
     "connect_authorized_ms": "ms",
@@ -28,8 +31,15 @@ UNITS = {
     "rtt_ms": "ms",
     "rss_mib": "MiB",
     "segments": "packets",
+    "ping_p99_ms": "ms",
+    "stun_p99_ms": "ms",
+    "handshake_p99_ms": "ms",
+    "python_percent": "%",
+    "cpu_percent_after": "%",
+    "udp_buffer_errors": "",
 }
-_PARTS = ["up", "down", "idle", "loaded", "direct", "relayed", "gateway", "wireguard-go", "routing"]  # in the table
+_PARTS = ["up", "down", "idle", "loaded", "direct", "relayed", "gateway", "pure", "wireguard-go", "routing"]
+_OTHERS = ("wireguard-go", "pure", "routing")
 _ENOUGH_FOR_P95 = 20  # values, below which a 95th percentile is the maximum
 
 
@@ -78,7 +88,7 @@ class Figures:
         """The same for a terminal, with ratios to what was measured in the same run."""
         table = Table(title="min, median and max", title_justify="left")
         table.add_column("figure")
-        for heading in ("unit", "min", "median", "max", "p95", "runs", "÷ wireguard-go", "÷ routing"):
+        for heading in ("unit", "min", "median", "max", "p95", "runs", *(f"÷ {other}" for other in _OTHERS)):
             table.add_column(heading, justify="right" if heading != "unit" else "left")
         section = ""
         for name, entry in self.summary().items():
@@ -87,7 +97,7 @@ class Figures:
                 table.add_section()
             section = what
             numbers = [f"{entry[key]:g}" if key in entry else "" for key in ("min", "median", "max", "p95")]
-            ratios = [self._ratio(name, other) for other in ("wireguard-go", "routing")]
+            ratios = [self._ratio(name, other) for other in _OTHERS]
             table.add_row(name, entry["unit"], *numbers, str(entry["runs"]), *ratios)
         return table
 
@@ -101,9 +111,9 @@ class Figures:
         parts = name.split(".")
         if parts[-1] == other or parts[-1] == "routing":
             return ""
-        path = ["direct"] if other == "wireguard-go" else []
-        directions = [part for part in parts[1:-1] if part in {"up", "down"}]
-        theirs = self.median(".".join([parts[0], *directions, *path, other]))
+        shared = [part for part in parts[1:-1] if part not in {"direct", "relayed"}]
+        names = (".".join([parts[0], *shared, *path, other]) for path in ([], ["direct"]))
+        theirs = next((median for median in map(self.median, names) if median), None)
         ours = self.median(name)
         return f"{ours / theirs:.3g}" if ours is not None and theirs else ""
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import statistics
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tests.bench import engine_throughput
 from tests.lab.resources import ECHO_PORT
+from tests.unit.dataplane_world import World
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -30,44 +33,151 @@ ECHOES_TO_WARM_UP = 10
 # What sends UDP is not a tunnel's matter: iperf3 without segmentation cannot offer more.
 UDP_MOST_MBIT = 3000.0
 
+UDP_SMALL_PAYLOAD = 36  # a packet of 64 bytes
+UDP_SMALL_FASTER = 2.0  # packets a second of those, as a first guess
+PING_INTERVAL_S = 0.01
+PROBE_INTERVAL_S = 0.02  # half of the handshakes a second from which a gateway asks for cookies
+CALM_AFTER_S, CALM_FOR_S = 0.5, 0.5
+TURN_CONNECTIONS = 1000
+TURN_PORT = 6000
+_INTERFACE = "eth0"
+_AROUND_S = 0.4
+_WAYS = {"in": ("item_InnerPacket", "udp_rx_packets"), "out": ("item_OutboundPacket", "tun_rx_packets")}
+"""From clients and to them: items for Python, and packets."""
+
 _OPTIONS: Mapping[str, Sequence[str]] = {"up": (), "down": ("-R",)}
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """`names` are the figures that `run` gives values for."""
+    """`names` are the figures that `run` gives values for. `warms_up`: its first run is worse than the others."""
 
     title: str
     names: Sequence[str]
     run: Callable[[], Values]
+    warms_up: bool = False
 
 
 def tcp(site: Site, program: Program, *, streams: int, direction: str) -> Measurement:
-    """Throughput of TCP, and of one stream what it costs the gateway's end, and how large its sends are."""
+    """Throughput of TCP, and for the gateway's end what it costs, how large its sends are and what Python saw."""
     throughput = program.figure(f"tcp{streams}", direction)
     cost = program.figure("cpu_s_per_gb", direction)
-    # Sends of the gateway reach the client as they are, so that it can count what it receives with each call.
     segments = program.figure("segments", direction)
+    errors = program.figure("udp_buffer_errors", direction)
+    shares = {way: program.figure(f"python_percent_{way}", direction) for way in _WAYS}
+    of_gateway = program.name == "gateway"
     with_cost = streams == 1 and program.cost is not None
-    with_segments = streams == 1 and direction == "down" and program.name == "gateway" and program.path == "direct"
+    counted = [errors, *shares.values(), *([segments] if direction == "down" else [])] if of_gateway else []
+    options = (*_OPTIONS[direction], "-P", str(streams))
 
     def run() -> Values:
-        counters = site.lab.client.status()["counters"] if with_segments else {}
-        before = program.cost() if program.cost is not None else None
-        options = [*_OPTIONS[direction], "-P", str(streams)]
-        report = site.lab.client.iperf3(*options, server=program.server, seconds=TCP_SECONDS)
-        received = report["end"]["sum_received"]
+        errors_before = site.beside.udp_buffer_errors() if of_gateway else 0
+        before = site.counters() if of_gateway else {}
+        cost_before = program.cost().cpu if program.cost is not None else 0.0
+        received = site.lab.client.iperf3(*options, server=program.server, seconds=TCP_SECONDS)["end"]["sum_received"]
         values: Values = {throughput: received["bits_per_second"] / 1e9}
-        if with_cost and before is not None and program.cost is not None:
-            values[cost] = (program.cost().cpu - before.cpu) / received["bytes"] * 1e9
-        if with_segments:
-            after = site.lab.client.status()["counters"]
-            calls, packets = (after[key] - counters.get(key, 0) for key in ("udp_rx_calls", "udp_rx_packets"))
-            values[segments] = packets / calls
+        if with_cost and program.cost is not None:
+            values[cost] = (program.cost().cpu - cost_before) / received["bytes"] * 1e9
+        if of_gateway:
+            after = site.counters()
+            values[errors] = site.beside.udp_buffer_errors() - errors_before
+
+            def grown(key: str) -> int:
+                return after.get(key, 0) - before.get(key, 0)
+
+            for way, (item, packets) in _WAYS.items():
+                values[shares[way]] = 100 * grown(item) / grown(packets)
+            if direction == "down":
+                values[segments] = grown("udp_tx_packets") / grown("udp_tx_calls")
         return values
 
-    names = [throughput, *([cost] if with_cost else []), *([segments] if with_segments else [])]
-    return Measurement(f"TCP, {streams} {'stream' if streams == 1 else 'streams'}", names, run)
+    names = [throughput, *([cost] if with_cost else []), *counted]
+    return Measurement(f"TCP, {streams} {'stream' if streams == 1 else 'streams'}", names, run, streams == 1)
+
+
+def tcp_both(site: Site, program: Program) -> Measurement:
+    """The sum of TCP in both directions at once, one stream each."""
+    name = program.figure("tcp_both")
+
+    def run() -> Values:
+        end = site.lab.client.iperf3("--bidir", server=program.server, seconds=TCP_SECONDS)["end"]
+        directions = (end["sum_received"], end["sum_received_bidir_reverse"])
+        return {name: sum(each["bits_per_second"] for each in directions) / 1e9}
+
+    return Measurement("TCP, both directions", [name], run)
+
+
+def under_load(site: Site, program: Program, *, direction: str) -> Measurement:
+    """With 4 TCP streams: another client's echoes, and how long handshakes and ICE checks wait for their answers."""
+    assert site.crowd is not None
+    crowd, of_gateway = site.crowd, program.name == "gateway"
+    echoes = program.figure("ping_p99_ms", direction)
+    answers = {what: program.figure(f"{what}_p99_ms", direction) for what in ("stun", "handshake")}
+    source = crowd.addresses[0] if of_gateway else ""
+
+    def run() -> Values:
+        if of_gateway:
+            site.beside.begin_answers(_INTERFACE, seconds=TCP_SECONDS + _AROUND_S)
+            crowd.probe(seconds=TCP_SECONDS, interval=PROBE_INTERVAL_S)
+        site.crowd_outpost.begin_pings(program.server, seconds=TCP_SECONDS, interval=PING_INTERVAL_S, source=source)
+        try:
+            site.lab.client.iperf3(*_OPTIONS[direction], "-P", "4", server=program.server, seconds=TCP_SECONDS)
+        finally:
+            values: Values = {echoes: _p99(site.crowd_outpost.answer())}
+            took = site.beside.answer() if of_gateway else {}
+        return values | {answers[what]: _p99(each) for what, each in took.items()}
+
+    return Measurement("under load", [echoes, *(answers.values() if of_gateway else ())], run)
+
+
+def calm(site: Site, program: Program) -> Measurement:
+    """CPU of a program soon after load, with all its clients still connected."""
+    name = program.figure("cpu_percent_after")
+    assert program.pid is not None
+    pid = program.pid
+
+    def run() -> Values:
+        site.lab.client.iperf3("-P", "4", server=program.server, seconds=TCP_SECONDS)
+        time.sleep(CALM_AFTER_S)
+        before, began = _cpu_seconds(pid), time.monotonic()
+        time.sleep(CALM_FOR_S)
+        return {name: 100 * (_cpu_seconds(pid) - before) / (time.monotonic() - began)}
+
+    return Measurement("calm after load", [name], run)
+
+
+def in_turn(site: Site, *, clients: int) -> Measurement:
+    """TCP of as many connections from one client as from many, written to in turn."""
+    program = site.programs[0]
+    name = program.figure(f"turn{clients}", "up")
+
+    def run() -> Values:
+        assert site.crowd is not None
+        sources = [site.crowd.addresses[number % clients] for number in range(TURN_CONNECTIONS)]
+        site.resources.begin_sink(connections=len(sources), seconds=TCP_SECONDS)
+        site.crowd_outpost.begin_pour(program.server, TURN_PORT, sources=sources, seconds=TCP_SECONDS + _AROUND_S)
+        try:
+            octets_per_second = site.resources.answer()
+        finally:
+            site.crowd_outpost.answer()
+        return {name: octets_per_second * 8 / 1e9}
+
+    return Measurement(f"{clients} clients in turn", [name], run)
+
+
+def engine_alone(engine: Any, name: str) -> Measurement:
+    """Packets of 64 bytes per second through an engine that is fed from memory, on one core."""
+    figures = {direction: f"engine64_kpps.{direction}.{name}" for direction in _OPTIONS}
+
+    def run() -> Values:
+        values: Values = {}
+        for direction, measure in (("up", engine_throughput.inbound), ("down", engine_throughput.outbound)):
+            world = World(engine=engine)
+            values[figures[direction]] = 1e-3 / measure(world, 64, engine_throughput.PACKETS[engine.__name__])
+            world.close()
+        return values
+
+    return Measurement("engine alone", list(figures.values()), run)
 
 
 @dataclass
@@ -75,13 +185,14 @@ class _Search:
     """The largest rate that arrives, looked for a few steps at a time around where it was last."""
 
     measure: Callable[[float], tuple[float, float]]
-    rate: float = UDP_FIRST_MBIT
+    rate: float
+    most: float
     step: float = 2.0
     best: float = field(default=0.0)
 
     def run(self) -> float:
         """What arrived at the largest rate that lost no more than it may; the first run takes large steps."""
-        best, passed_at, failed_at = 0.0, 0.0, UDP_MOST_MBIT * 2
+        best, passed_at, failed_at = 0.0, 0.0, self.most * 2
         rate = self.rate
         for probe in range(UDP_PROBES_AT_MOST):
             if self.best and passed_at and probe >= UDP_PROBES:
@@ -93,7 +204,7 @@ class _Search:
                     break  # the sender is at its end
             else:
                 failed_at = min(failed_at, rate)
-            if passed_at and failed_at <= UDP_MOST_MBIT:
+            if passed_at and failed_at <= self.most:
                 rate = (passed_at * failed_at) ** 0.5
                 if failed_at < passed_at * 1.04:
                     break
@@ -103,18 +214,21 @@ class _Search:
         return best
 
 
-def udp(site: Site, program: Program, *, direction: str) -> Measurement:
-    """What arrives of datagrams of 1200 bytes, with loss below 0.1 %."""
-    name = program.figure("udp1200_mbit", direction)
+def udp(site: Site, program: Program, *, direction: str, size: int = UDP_PAYLOAD) -> Measurement:
+    """What arrives of datagrams with loss below 0.1 %: of 1200 bytes, or small ones in packets of 64."""
+    is_small = size < UDP_PAYLOAD
+    name = program.figure("udp64_kpps" if is_small else "udp1200_mbit", direction)
+    scale = size / UDP_PAYLOAD * UDP_SMALL_FASTER if is_small else 1.0
 
     def measure(mbit: float) -> tuple[float, float]:
-        options = ("-u", "-w", str(UDP_BUFFER), "-l", str(UDP_PAYLOAD), "-b", f"{mbit:.0f}M", *_OPTIONS[direction])
+        options = ("-u", "-w", str(UDP_BUFFER), "-l", str(size), "-b", f"{mbit * 1e6:.0f}", *_OPTIONS[direction])
         total = site.lab.client.iperf3(*options, server=program.server, seconds=1)["end"]["sum"]
         lost = total["lost_percent"]
         return total["bits_per_second"] / 1e6 * (1 - lost / 100), lost
 
-    search = _Search(measure)
-    return Measurement("UDP", [name], lambda: {name: search.run()})
+    search = _Search(measure, rate=UDP_FIRST_MBIT * scale, most=UDP_MOST_MBIT * scale)
+    to_unit = 1e3 / 8 / size if is_small else 1.0
+    return Measurement(f"UDP, {size} bytes", [name], lambda: {name: search.run() * to_unit}, warms_up=True)
 
 
 def round_trip(site: Site, program: Program) -> Measurement:
@@ -148,10 +262,21 @@ def connections(site: Site, program: Program, *, count: int) -> Measurement:
     return Measurement(f"{count} connections", [reply, authorized, established, own], run)
 
 
-def memory(program: Program, state: str) -> Values:
-    """Resident memory of the gateway's end in a state: `rss_mib.idle.gateway`."""
-    assert program.cost is not None
-    return {f"rss_mib.{state}.{program.name}": program.cost().rss_mib}
+def memory(program: Program) -> Values:
+    """The most resident memory that the gateway's end has had."""
+    status = Path(f"/proc/{program.pid}/status").read_text()
+    (kibibytes,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
+    return {f"rss_mib.loaded.{program.name}": int(kibibytes) / 1024}
+
+
+def _p99(values: list[float]) -> float:
+    return statistics.quantiles(values, n=100)[-1] if len(values) > 1 else values[0]
+
+
+def _cpu_seconds(pid: int) -> float:
+    """Exact to the nanosecond, of all threads that live."""
+    stats = Path(f"/proc/{pid}/task").glob("*/schedstat")
+    return sum(int(stat.read_text().split()[0]) for stat in stats) / 1e9
 
 
 def _authorizations(entries: Sequence[Mapping[str, Any]], first: int) -> list[float]:

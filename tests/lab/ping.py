@@ -24,7 +24,7 @@ def ping(host: str, timeout: float) -> float | None:
         while (now := time.monotonic()) < begin + timeout:
             sequence += 1
             sent[sequence] = now
-            sock.sendto(_request(ipv6, identifier, sequence), address)
+            sock.sendto(request(ipv6, identifier, sequence), address)
             while (left := now + INTERVAL_S - time.monotonic()) > 0:
                 if not select.select([sock], [], [], left)[0]:
                     break
@@ -36,7 +36,7 @@ def ping(host: str, timeout: float) -> float | None:
     return None
 
 
-def _request(ipv6: bool, identifier: int, sequence: int) -> bytes:
+def request(ipv6: bool, identifier: int, sequence: int) -> bytes:
     body = struct.pack("!HH", identifier, sequence) + b"firezone-lab"
     if ipv6:
         return struct.pack("!BBH", 128, 0, 0) + body  # the kernel completes ICMPv6 checksums
