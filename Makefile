@@ -31,6 +31,9 @@ test-all: $(ENGINE) ## all tests
 	@packaging/require $(TEST_PACKAGES) $$($(PY) packaging/python_packages.py library) || echo "going on without them: tests that need them say so" >&2
 	$(PYTEST)
 
+soak: $(ENGINE) ## simulations and fuzzing with ever new seeds (MINUTES=10; SEED=n repeats one batch)
+	@$(PY) -m tests.soak $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(if $(ONLY),--only "$(ONLY)")
+
 lint: $(READY) ## ruff, mypy and the layers
 	$(VENV)/bin/ruff check fzg tests packaging
 	$(VENV)/bin/ruff format --check fzg tests packaging

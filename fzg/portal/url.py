@@ -40,14 +40,14 @@ class PortalUrl:
         try:
             parts = urlsplit(text.strip())
             host, port = parts.hostname, parts.port
-        except ValueError as error:
+            base_path = quote(parts.path, safe="/%:@!$&'()*+,;=~").removesuffix("/")
+        except ValueError as error:  # also bytes that are not UTF-8, as an environment variable may hold
             raise InvalidUrl(f"the portal URL {text!r} is not a URL: {error}") from error
         scheme = _SCHEMES.get(parts.scheme)
         if scheme is None:
             raise InvalidUrl(f"the portal URL has the scheme {parts.scheme!r}; use one of {', '.join(_SCHEMES)}")
         if not host:
             raise InvalidUrl(f"the portal URL {text!r} has no host")
-        base_path = quote(parts.path, safe="/%:@!$&'()*+,;=~").removesuffix("/")
         return cls(scheme, _ascii_host(host), port if port is not None else _DEFAULT_PORTS[scheme], base_path)
 
     @property

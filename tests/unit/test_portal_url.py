@@ -86,3 +86,9 @@ def test_the_error_names_the_scheme():
 def test_the_host_header_has_the_port_unless_it_is_the_schemes_own(base, host, authority):
     url = PortalUrl.parse(base)
     assert (url.host, url.authority) == (host, authority)
+
+
+def test_bytes_that_are_no_text_are_refused_in_words():
+    """An environment variable that is not UTF-8 reaches us with lone surrogates."""
+    with pytest.raises(InvalidUrl, match="is not a URL"):
+        PortalUrl.parse("wss://api.example.com/\udcff")
