@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from tests.bench.measurements import Measurement
 
 RUNS = 5  # that count; one more comes before them and is dropped
-CONNECTIONS = 30  # of each kind, spread over the runs
+CONNECTIONS = 20  # of each kind, spread over the runs
 DIRECTIONS = ("up", "down")
 _PATHS = {WIREGUARD_GO: "direct", ROUTING: ""}
 CROWD = 100  # other clients that are connected all the time
@@ -98,6 +99,7 @@ def _measure(figures: Figures, about: dict[str, Any], runs: int, console: Consol
     """Measure what is wanted; what could not be measured."""
     began = time.monotonic()
     failures: list[str] = []
+    spent: Counter[str] = Counter()
     with contextlib.ExitStack() as stack, console.status("") as status:
         sites = _build(figures, about, stack, status)
         if sites:
@@ -114,16 +116,21 @@ def _measure(figures: Figures, about: dict[str, Any], runs: int, console: Consol
                         continue
                     stage = f"run {run} of {runs}" if run else "warming up"
                     status.update(f"{stage}, {number}/{len(wanted)}: {each.title}, {each.names[0]}")
+                    started = time.monotonic()
                     try:
                         values = each.run()
                     except _FAILURES as error:
                         failures.append(f"{each.names[0]}, {stage}: {error}")
                         continue
+                    finally:
+                        spent[each.title] += time.monotonic() - started
                     if run:
                         figures.add(values)
             for program in sites[0].programs if sites and plan and plan[0].title == "TCP, 1 stream" else ():
                 if program.pid is not None:
                     figures.add(measurements.memory(program))
+    about["seconds_by_measurement"] = {title: round(seconds, 1) for title, seconds in spent.items()}
+    about["load_at_end"] = round(os.getloadavg()[0], 2)
     about["seconds"] = round(time.monotonic() - began, 1)
     return failures
 

@@ -121,7 +121,8 @@ class _Crowd:
         pending, tick_at, reading = b"", 0.0, True
         while True:
             soon = self.probe_at if self.probing else tick_at
-            timeout = max(0.0, min(tick_at, soon) - _now()) * 1000
+            backlog = reading and any(map(self.has_backlog, (socket.AF_INET, None)))
+            timeout = 0 if backlog else max(0.0, min(tick_at, soon) - _now()) * 1000
             ready = dict(poll.poll(timeout))
             now = _now()
             if 0 in ready:
@@ -131,9 +132,9 @@ class _Crowd:
                 *lines, pending = (pending + octets).split(b"\n")
                 for line in lines:
                     self.order(line)
-            if ready.get(self.socket.fileno(), 0) & select.POLLIN:
+            if ready.get(self.socket.fileno(), 0) & select.POLLIN or self.has_backlog(socket.AF_INET):
                 self.dispatch(self.engine.receive_udp(socket.AF_INET, now), now)
-            if reading and ready.get(self.tun, 0) & select.POLLIN:
+            if reading and (ready.get(self.tun, 0) & select.POLLIN or self.has_backlog(None)):
                 self.dispatch(self.engine.receive_tun(now), now)
             if self.probing and now >= self.probe_at:
                 self.probe(now)
@@ -145,6 +146,10 @@ class _Crowd:
             congested = set() if reading else set(self.engine.congested())
             poll.modify(self.tun, (select.POLLIN if reading else 0) | select.POLLOUT * (self.tun in congested))
             poll.modify(self.socket.fileno(), select.POLLIN | select.POLLOUT * (self.socket.fileno() in congested))
+
+    def has_backlog(self, family: int | None) -> bool:
+        """Whether the engine holds packets of an earlier turn."""
+        return hasattr(self.engine, "has_backlog") and self.engine.has_backlog(family)
 
     def order(self, line: bytes) -> None:
         arguments = json.loads(line)

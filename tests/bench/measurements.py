@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Values = dict[str, float | list[float]]
 
 TCP_SECONDS = 1  # nothing here has latency, so a stream is at full speed after milliseconds
+LOAD_SECONDS = 2  # queues take longer to fill
 UDP_PAYLOAD = 1200
 # The default of 208 KiB overflows while another process has the core, with or without a tunnel.
 UDP_BUFFER = min(2 << 20, int(Path("/proc/sys/net/core/rmem_max").read_text()))
@@ -117,11 +118,11 @@ def under_load(site: Site, program: Program, *, direction: str) -> Measurement:
 
     def run() -> Values:
         if of_gateway:
-            site.beside.begin_answers(_INTERFACE, seconds=TCP_SECONDS + _AROUND_S)
-            crowd.probe(seconds=TCP_SECONDS, interval=PROBE_INTERVAL_S)
-        site.crowd_outpost.begin_pings(program.server, seconds=TCP_SECONDS, interval=PING_INTERVAL_S, source=source)
+            site.beside.begin_answers(_INTERFACE, seconds=LOAD_SECONDS + _AROUND_S)
+            crowd.probe(seconds=LOAD_SECONDS, interval=PROBE_INTERVAL_S)
+        site.crowd_outpost.begin_pings(program.server, seconds=LOAD_SECONDS, interval=PING_INTERVAL_S, source=source)
         try:
-            site.lab.client.iperf3(*_OPTIONS[direction], "-P", "4", server=program.server, seconds=TCP_SECONDS)
+            site.lab.client.iperf3(*_OPTIONS[direction], "-P", "4", server=program.server, seconds=LOAD_SECONDS)
         finally:
             values: Values = {echoes: _p99(site.crowd_outpost.answer())}
             took = site.beside.answer() if of_gateway else {}

@@ -6,7 +6,10 @@ starting a program for each of these costs more than what is measured.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
+import itertools
 import json
 import os
 import select
@@ -14,6 +17,7 @@ import socket
 import struct
 import subprocess
 import sys
+import termios
 import time
 from ipaddress import ip_address
 from pathlib import Path
@@ -140,7 +144,9 @@ _TIMESPEC = struct.Struct("=qq")
 _LOST_MS = 1000.0  # what an echo that never came counts as
 _ETH_P_ALL = 3
 _IP_FREEBIND = 15
-_CHUNK = bytes(1 << 16)
+_CHUNK = bytes(1 << 17)  # octets of one turn
+_TURNS_AT_ONCE = 16
+_LOOK_S = 0.0001
 
 
 def _receive_stamped(sock: socket.socket) -> tuple[bytes, float, Any]:
@@ -273,22 +279,28 @@ def _op_pour(host: str, port: int, sources: list[str], seconds: float) -> int:
             sock.connect((host, port))
             sock.setblocking(False)
         end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            stuck = True
-            for sock in socks:
-                try:
-                    sock.send(_CHUNK)
-                    stuck = False
-                except BlockingIOError:
-                    continue
-            if stuck:
-                time.sleep(0.001)
+        for turn in itertools.count():
+            if time.monotonic() > end:
+                break
+            # Only a few have something under way at any time: theirs is the turn.
+            _wait_sent(socks[(turn - _TURNS_AT_ONCE) % len(socks)])
+            with contextlib.suppress(BlockingIOError):
+                socks[turn % len(socks)].send(_CHUNK)
     except (ConnectionError, BrokenPipeError):  # the other side has seen enough
         pass
     finally:
         for sock in socks:
             sock.close()
     return len(socks)
+
+
+def _wait_sent(sock: socket.socket) -> None:
+    """Until all of it is acknowledged."""
+    patience = time.monotonic() + 1
+    while int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder):
+        time.sleep(_LOOK_S)
+        if time.monotonic() > patience:
+            return
 
 
 def _op_udp_buffer_errors() -> int:
