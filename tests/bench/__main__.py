@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from fzg.dataplane.pure import PureEngine
-from tests.bench import measurements
+from tests.bench import measurements, targets
 from tests.bench.figures import Figures, machine
 from tests.bench.plot import draw
 from tests.bench.sites import CLIENT_ENGINE, PURE, ROUTING, WIREGUARD_GO, Site, figure_name
@@ -61,7 +61,10 @@ LEAST_OF_ROUTING = 0.05
 @click.option("--only", default="", help="Figures to measure, e.g. tcp1,connect_ms,*.relayed.* (default: all).")
 @click.option("--runs", default=RUNS, show_default=True, type=click.IntRange(1), help="How many runs count.")
 @click.option("--output", default="build/bench.json", show_default=True, type=click.Path(path_type=Path))
-def main(only: str, runs: int, output: Path) -> None:
+@click.option(
+    "--document", type=click.Path(path_type=Path, exists=True), help="Also renew performance.md and .svg there."
+)
+def main(only: str, runs: int, output: Path, document: Path | None) -> None:
     if not can_make_namespaces():
         command = user_namespace_command(sys.executable, "-m", "tests.bench", *sys.argv[1:])
         os.execvp(command[0], command)
@@ -84,9 +87,15 @@ def main(only: str, runs: int, output: Path) -> None:
     figures.write(output, about)
     picture = output.with_suffix(".svg")
     caption = f"{about['cpu']}, {about['cores']} cores, Linux {about['kernel']}"
-    picture.write_text(draw(figures.summary(), f"{caption}, wireguard-go {about.get('wireguard_go', 'not measured')}"))
+    drawn = draw(figures.summary(), f"{caption}, wireguard-go {about.get('wireguard_go', 'not measured')}")
+    picture.write_text(drawn)
+    if document is not None:
+        targets.document(document, figures, about, drawn)
     # Wide enough for all columns where the output is a file.
-    Console(width=None if sys.stdout.isatty() else 140).print(figures.table())
+    printer = Console(width=None if sys.stdout.isatty() else 140)
+    printer.print(figures.table())
+    if (reached := targets.table(figures)) is not None:
+        printer.print(reached)
     print(f"{about['cpu']}, {about['cores']} cores, Linux {about['kernel']}, Python {about['python']}")
     print(f"client with the {CLIENT_ENGINE} engine, wireguard-go {about.get('wireguard_go', 'not measured')}")
     print(f"also in {output} and {picture}; {about['seconds']:.0f} s, {runs} runs after one that was dropped")
