@@ -233,10 +233,11 @@ class Agent:
         self._wake(now)
         return True
 
-    def guess_remote(self, address: Endpoint, now: float) -> None:
-        """Check an address that the peer may turn out to have, directly; nothing depends on whether it does."""
+    def guess_remote(self, address: Endpoint, now: float) -> bool:
+        """Check an address that the peer may turn out to have, directly; False when nothing of ours can reach it."""
         if not self._remotes.is_full and not self._remotes.all_at(address):
             self._guess(address, now, relayed=False)
+        return any(pair.remote.address == address for pair in self._pairs.values())
 
     def invalidate_remote_candidate(self, candidate: Candidate, now: float) -> bool:
         """The peer withdrew a candidate: matched by address and kind (spec connectivity 3.19, D12)."""

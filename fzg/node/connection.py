@@ -165,9 +165,9 @@ class Connection:
             self.note_activity(now)
         return added
 
-    def guess_remote(self, address: Endpoint, now: float) -> None:
-        """Open our NAT for an address that the client probably sends from."""
-        self.agent.guess_remote(address, now)
+    def guess_remote(self, address: Endpoint, now: float) -> bool:
+        """Open our NAT for an address that the client probably sends from; False when nothing of ours can reach it."""
+        return self.agent.guess_remote(address, now)
 
     def add_remote_candidate(self, candidate: Candidate, now: float) -> None:
         """A candidate of the client; its relay channel is bound unless it is a host address (4.2)."""

@@ -64,7 +64,8 @@ CLIENT_PORT = 52625
 # Behind a NAT that maps by destination the path will be relayed, and a client's first check through our relay is lost
 # when it comes before our channel to the client's relay: its next is 250 ms later. So our candidates wait until the
 # client's are here and bound; a client sends them within 17 ms of the acknowledgement, plus the portal's round trip
-# (connectivity 3.12, 8). Where a direct path may exist nothing waits.
+# (connectivity 3.12, 8). So it is where we cannot open our NAT for the client's usual port, since we know
+# only an address of the other IP version. Where the first check may arrive nothing waits.
 RELAY_PATH_WAIT = 0.06  # s
 GOODBYE = control.encode(control.Goodbye())
 # Bounds the work of one client and the table of checks in flight: 100 pairs x 1000 clients, far above what is ever due.
@@ -364,9 +365,9 @@ class Node:
         self._by_public_key[identity.public_key] = connection
         for local in self.relays.candidates(relay_id):
             self._offer(connection, local, now)
-        if address is not None:
-            connection.guess_remote(Endpoint(address, CLIENT_PORT), now)
-        if self._role is Role.CONTROLLED and self.relays.nat_maps_by_destination:
+        is_reachable = address is None or connection.guess_remote(Endpoint(address, CLIENT_PORT), now)
+        is_closed = self.relays.nat_maps_by_destination or (not is_reachable and self.relays.is_behind_nat)
+        if self._role is Role.CONTROLLED and is_closed:
             self.signalling.postpone(client_id, now + RELAY_PATH_WAIT)
         _LOG.info("Connection created cid=%s index=%06x relay=%s", client_id, index, relay_id)
         _LOG.debug(

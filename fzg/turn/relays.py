@@ -192,6 +192,15 @@ class RelaySet:
         )
 
     @property
+    def is_behind_nat(self) -> bool:
+        """Whether some relay sees us at another address than ours, so that what we did not ask for stays outside."""
+        return any(
+            candidate.kind is Kind.SRFLX and candidate.address != candidate.base
+            for allocation in self._allocations.values()
+            for candidate in allocation.reflexive_candidates()
+        )
+
+    @property
     def is_probing(self) -> bool:
         """Whether some relay may still answer for the first time (spec connectivity D6)."""
         return any(allocation.state is State.PROBING for allocation in self._allocations.values())

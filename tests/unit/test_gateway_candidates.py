@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from ipaddress import ip_address
 
 import pytest
 
@@ -84,6 +85,25 @@ def test_behind_a_symmetric_nat_candidates_go_out_when_the_relay_lets_the_client
     w.net.run(0.019)
     assert signalled(w.gateway) == []
     w.net.run(0.002)
+    assert len(signalled(w.gateway)) == 1
+
+
+@pytest.mark.parametrize(
+    ("gateway", "address", "waits"),
+    [
+        ("nat", "2001:db8:7::1", True),
+        ("nat", "203.0.113.7", False),
+        ("public", "2001:db8:7::1", False),
+    ],
+)
+def test_behind_a_nat_that_cannot_be_opened_in_advance_candidates_wait(gateway, address, waits):
+    """The client reached the portal by an IP version that the gateway does not have."""
+    w = world(gateway=gateway).start()
+    w.gateway.on_frame = lambda message: None
+    w.authorize(address=messages.ClientAddress(ip_address(address).packed))
+    w.net.run(0.03)
+    assert len(signalled(w.gateway)) == (not waits)
+    w.candidates("candidate:1 1 udp 2130706175 192.0.2.77 40000 typ host ufrag abc1")
     assert len(signalled(w.gateway)) == 1
 
 
