@@ -47,21 +47,17 @@ PLACES = {
 PUNCHABLE = {frozenset({OPEN}), frozenset({OPEN, CONE}), frozenset({OPEN, SYMMETRIC}), frozenset({CONE})}
 
 SELECTION = {
-    ("public", "public"),
     ("public", "symmetric"),
     ("port-preserving", "port-preserving"),
     ("port-preserving", "dual-stack"),
-    ("symmetric", "public"),
     ("symmetric", "port-preserving"),
     ("symmetric", "symmetric"),
-    ("two-nats", "two-nats"),
+    ("symmetric", SAME_LAN),
     ("two-nats", "ipv4-only"),
     (SAME_LAN, SAME_LAN),
-    ("symmetric", SAME_LAN),
     ("ipv4-only", "ipv6-only"),
-    ("ipv6-only", "ipv4-only"),
     ("ipv6-only", "two-nats"),
-    ("dual-stack", "ipv4-only"),
+    ("dual-stack", "public"),
 }
 
 

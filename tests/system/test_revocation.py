@@ -133,10 +133,17 @@ class Watched:
         assert [p for p in self.passed_in() if p.at > ended] == []
         assert [p for p in self.passed_out() if p.at > ended] == []
         assert max(p.at for p in self.passed_in()) < begin + 1.0
-        seconds = end - ended
-        for offered in (self.client, self.resource):
+        arrived = {self.client: self.passed_in(), self.resource: udp(self.client.packets, PORT, outgoing=False)}
+        for offered, passed in arrived.items():
             after = [p for p in udp(offered.packets, PORT, outgoing=True) if ended < p.at < end]
-            assert len(after) > OFFERED * seconds
+            assert len(after) > OFFERED * (end - ended)
+            # Of those not one arrived, later or elsewhere.
+            assert max(map(number, passed)) < min(map(number, after))
+
+
+def number(packet):
+    """The number of a datagram of the floods."""
+    return int.from_bytes(packet.transport[8:16], "big")
 
 
 def boottime():
