@@ -289,11 +289,15 @@ class App:
             self._drain()
 
     def _run_pump(self, fd: int, receive: Callable[..., Sequence[Item]], *arguments: int) -> None:
-        """Wait for the descriptor's own watcher before each bounded turn, so that no socket starves (design 3)."""
+        """Wait for the descriptor's own watcher before each bounded turn, so that no socket starves (design 3).
+
+        While the engine has a backlog the watcher is that of a descriptor which is always readable.
+        """
         hub = gevent.get_hub()
-        watcher = hub.loop.io(fd, 1)
+        watcher, at_once = hub.loop.io(fd, 1), hub.loop.io(os.eventfd(1), 1)
+        family = arguments[0] if arguments else None
         while True:
-            hub.wait(watcher)
+            hub.wait(at_once if self._engine.has_backlog(family) else watcher)
             now = clock.now()
             self._dispatch(receive(*arguments, now), now)
             self._drain()

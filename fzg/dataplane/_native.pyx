@@ -125,8 +125,16 @@ cdef class NativeEngine:
                 self._engine.udp[0].max_control = self._engine.udp[1].max_control = value
             elif name == "turn":
                 self._engine.turn_packets = value
+            elif name == "urgent":
+                self._engine.urgent_packets = value
             elif name == "flush":
                 self._engine.flush_packets = value
+            elif name == "backlog":
+                self._engine.from_udp.max_cost = self._engine.from_tun.max_cost = value
+            elif name == "quantum":
+                self._engine.from_udp.quantum = self._engine.from_tun.quantum = value
+            elif name == "lanes" and 0 < value <= LANES:
+                self._engine.from_udp.lanes_used = self._engine.from_tun.lanes_used = value
             else:
                 raise TypeError(f"no limit of the name {name}")
 
@@ -324,7 +332,7 @@ cdef class NativeEngine:
         cdef bytes octets = bytes(payload)
         cdef arrival arrived
         memset(&arrived, 0, sizeof(arrived))
-        arrived.octets = <const uint8_t *>PyBytes_AS_STRING(octets)
+        arrived.octets = <uint8_t *>PyBytes_AS_STRING(octets)  # which are not written to
         arrived.length = arrived.stride = <uint32_t>PyBytes_GET_SIZE(octets)
         arrived.ecn = ecn
         _read_endpoint(source, &arrived.source)
@@ -350,6 +358,10 @@ cdef class NativeEngine:
         with nogil:
             engine_handle_packet(self._engine, octets, size, now)
         return self._items(0)
+
+    def has_backlog(self, family):
+        """See `Engine`."""
+        return engine_has_backlog(self._engine, family is None)
 
     def write_tun(self, packet):
         """See `Engine`."""
@@ -473,6 +485,8 @@ cdef dict _counters(engine *source):
         "drop_inner_not_ip": own.drop_inner_not_ip,
         "drop_inner_truncated": own.drop_inner_truncated,
         "drop_inner_oversized": own.drop_inner_oversized,
+        "drop_udp_backlog_full": source.from_udp.dropped,
+        "drop_tun_backlog_full": source.from_tun.dropped,
         "drop_revoked": own.drop_revoked,
         "drop_no_memory": own.drop_no_memory,
         "flow_table_full": own.flow_table_full,

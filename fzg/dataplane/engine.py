@@ -180,6 +180,9 @@ class Engine(Protocol):
     def receive_tun(self, now: float) -> Sequence[Item]:
         """One bounded turn on the TUN. Settled packets go to the UDP queue. Raises OSError when the device is gone."""
 
+    def has_backlog(self, family: int | None) -> bool:
+        """Whether a further `receive_udp` (or, for None, `receive_tun`) has work even if nothing more arrives."""
+
     def handle_datagram(self, datagram: Datagram, now: float) -> Sequence[Item]:
         """What `receive_udp` does with one datagram, from memory."""
 

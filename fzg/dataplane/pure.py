@@ -247,6 +247,11 @@ class PureEngine:
             self._counters["udp_rx_bytes"] += length
         return turn.items
 
+    def has_backlog(self, family: int | None) -> bool:
+        """See `Engine`. What a turn leaves is in the kernel's queues."""
+        del family
+        return False
+
     def handle_datagram(self, datagram: Datagram, now: float) -> Sequence[Item]:
         """See `Engine`."""
         payload, source, local, ecn = datagram

@@ -357,9 +357,10 @@ class Client:
 
     def pump(self, fd: int, receive: Any, *arguments: int) -> None:
         hub = gevent.get_hub()
-        watcher = hub.loop.io(fd, 1)
+        watcher, at_once = hub.loop.io(fd, 1), hub.loop.io(os.eventfd(1), 1)
+        family = arguments[0] if arguments else None
         while True:
-            hub.wait(watcher)
+            hub.wait(at_once if self.engine.has_backlog(family) else watcher)
             moment = now()
             for item in receive(*arguments, moment):
                 match item:

@@ -94,7 +94,7 @@ class Side:
             attach(family, fake, port=52625, segmentation=segmentation)
         if not isinstance(engine, PureEngine):
             engine.play_tun(self.device)
-            engine.limit(flush=1 << 30)
+            engine.limit(flush=1 << 30, lanes=1, urgent=1 << 20)
 
     def take(self) -> Any:
         """What went out since the last call."""
@@ -108,6 +108,12 @@ class Side:
         for fake in self.udp.values():
             fake.sent.clear()
         return written, sent
+
+
+def control_first(items: Sequence[Any]) -> Any:
+    """Datagrams apart from the rest: the native engine finds them while data still waits."""
+    datagrams = [item for item in items if isinstance(item, Datagram)]
+    return sorted(datagrams), [item for item in items if not isinstance(item, Datagram)]
 
 
 class Pair:
@@ -351,7 +357,7 @@ class Pair:
                 train += stride[: self.random.randrange(len(stride))]
             for side in (self.pure, self.native):
                 side.udp[family].put(train, stride=len(stride), source=source, local=local, ecn=ecn)
-        self.both(lambda side: list(side.engine.receive_udp(family, self.now)))
+        self.both(lambda side: control_first(side.engine.receive_udp(family, self.now)))
         assert not self.pure.udp[family].arrivals
         assert not self.native.udp[family].arrivals
 
@@ -423,7 +429,7 @@ class Pair:
                     taken += 1
                 fake.put(b"".join(left[:taken]), stride=stride, ecn=ecn)
                 left = left[taken:]
-        self.both(lambda side: list(side.engine.receive_udp(socket.AF_INET, self.now)))
+        self.both(lambda side: control_first(side.engine.receive_udp(socket.AF_INET, self.now)))
         assert not self.pure.udp[socket.AF_INET].arrivals
         assert not self.native.udp[socket.AF_INET].arrivals
 

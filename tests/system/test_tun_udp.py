@@ -157,7 +157,10 @@ class Pair:
         by_descriptor = {side.device.descriptor: (side, True) for side in sides}
         by_descriptor |= {side.bound.socket.fileno(): (side, False) for side in sides}
         while not self._stop.is_set():
-            for descriptor in select.select(list(by_descriptor), [], [], 0.1)[0]:
+            waiting = [fd for fd, (side, is_tun) in by_descriptor.items()
+                       if side.engine.has_backlog(None if is_tun else socket.AF_INET)]  # fmt: skip
+            ready = select.select(list(by_descriptor), [], [], 0 if waiting else 0.1)[0]
+            for descriptor in {*ready, *waiting}:
                 side, is_tun = by_descriptor[descriptor]
                 now = time.monotonic()
                 engine = side.engine

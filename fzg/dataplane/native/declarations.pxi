@@ -66,6 +66,14 @@ cdef extern from "state.h" nogil:
         uint8_t size
         uint16_t port
 
+    ctypedef struct arrival "struct arrival":
+        uint8_t *octets
+        uint32_t length
+        uint32_t stride
+        endpoint source
+        endpoint local
+        uint8_t ecn
+
     ctypedef struct session "struct session":
         engine_peer *peer
         bint sent_data
@@ -152,17 +160,19 @@ cdef extern from "tun_port.h" nogil:
         uint32_t max_queued
         tun_counters counters
 
+cdef extern from "backlog.h" nogil:
+    enum:
+        LANES
+
+    ctypedef struct backlog "struct backlog":
+        uint32_t lanes_used
+        uint64_t max_cost
+        int64_t quantum
+        uint64_t dropped
+
 cdef extern from "udp_port.h" nogil:
     enum:
         MAX_DATAGRAM
-
-    ctypedef struct arrival "struct arrival":
-        const uint8_t *octets
-        uint32_t length
-        uint32_t stride
-        endpoint source
-        endpoint local
-        uint8_t ecn
 
     ctypedef struct udp_counters "struct udp_counters":
         uint64_t calls
@@ -241,9 +251,13 @@ cdef extern from "engine.h" nogil:
         tun_port tun
         udp_port udp[2]
         turn turn
+        backlog from_udp
+        backlog from_tun
         uint32_t turn_packets
+        uint32_t urgent_packets
         uint32_t flush_packets
 
+    bint engine_has_backlog(const engine *asked, bint from_tun)
     bint engine_init(engine *made, const seed *random_seed)
     void engine_free(engine *freed)
     udp_port *engine_udp(engine *owner, bint is_ipv4)

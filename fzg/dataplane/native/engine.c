@@ -9,6 +9,11 @@ enum {
     TURN_PACKETS = 512,
     /* Packets queued at which a turn that goes on writes them first: some full super-packets. */
     FLUSH_PACKETS = 128,
+    /* Those of a turn that found something for the core, which comes first. */
+    URGENT_TURN_PACKETS = 64,
+    /* What a turn takes from the kernel at most, in octets and in calls; both near a quarter of a millisecond. */
+    INTAKE_OCTETS = 1 << 20,
+    INTAKE_CALLS = 64,
     /* A flood of them costs some 20 MB and no more; more than the policy can decide in their second of life. */
     MAX_FLOWS = 65536,
     CHANNEL_SURPLUS = 3, /* bytes of padding that some servers send, spec turn 3.3 */
@@ -21,12 +26,20 @@ bool engine_init(struct engine *engine, const struct seed *seed)
     engine->state.seed = *seed;
     engine->state.max_flows = MAX_FLOWS;
     engine->turn_packets = TURN_PACKETS;
+    engine->urgent_packets = URGENT_TURN_PACKETS;
     engine->flush_packets = FLUSH_PACKETS;
     tun_init(&engine->tun);
     udp_init(&engine->udp[0]);
     udp_init(&engine->udp[1]);
-    engine->read = malloc(READ_BUFFER_SIZE);
-    return receiver_init(&engine->receiver) && engine->read;
+    backlog_init(&engine->from_udp);
+    backlog_init(&engine->from_tun);
+    engine->read = backlog_buffer(&engine->from_tun);
+    bool complete = engine->read != NULL;
+    for (unsigned i = 0; i < RECEIVE_MESSAGES; i++) {
+        engine->receiver.buffers[i] = backlog_buffer(&engine->from_udp);
+        complete &= engine->receiver.buffers[i] != NULL;
+    }
+    return complete;
 }
 
 void engine_free(struct engine *engine)
@@ -36,11 +49,14 @@ void engine_free(struct engine *engine)
     tun_free(&engine->tun);
     udp_free(&engine->udp[0]);
     udp_free(&engine->udp[1]);
-    receiver_free(&engine->receiver);
+    for (unsigned i = 0; i < RECEIVE_MESSAGES; i++)
+        free(engine->receiver.buffers[i]);
+    free(engine->read);
+    backlog_free(&engine->from_udp);
+    backlog_free(&engine->from_tun);
     arena_free(&engine->turn.arena);
     free(engine->turn.events);
     free(engine->turn.missed);
-    free(engine->read);
 }
 
 /* -- turns. */
@@ -275,38 +291,108 @@ static void take_arrival(struct engine *engine, const struct arrival *arrival, b
     }
 }
 
-int engine_receive_udp(struct engine *engine, bool is_ipv4, double now)
+/* Whether a datagram carries data of ours, and the lane of whose it is. */
+static bool find_lane(const struct engine *engine, const uint8_t *datagram, uint32_t size, const struct endpoint *source,
+                      uint64_t *lane)
 {
-    struct udp_port *port = engine_udp(engine, is_ipv4);
-    int64_t budget = engine->turn_packets;
-    begin_turn(engine, now);
-    while (budget > 0) {
-        unsigned wanted = budget < RECEIVE_MESSAGES ? (unsigned)budget : RECEIVE_MESSAGES;
-        int count = udp_receive(port, &engine->receiver, wanted);
+    if (size >= CHANNEL_HEADER && datagram[0] >> 4 == 4) {
+        if (!state_has_channel(&engine->state, source, load_be16(datagram)))
+            return false;
+        datagram += CHANNEL_HEADER;
+        size -= CHANNEL_HEADER;
+    }
+    if (size < DATA_OVERHEAD || load_le32(datagram) != DATA_TYPE)
+        return false;
+    const struct session *session = state_session(&engine->state, load_le32(datagram + 4));
+    if (session)
+        *lane = session->peer->salt;
+    return session != NULL;
+}
+
+/* Whether a datagram has the channel, type and session of one that `find_lane` knows. */
+static bool resembles(const uint8_t *datagram, uint32_t size, const uint8_t *known)
+{
+    if (size < CHANNEL_HEADER + DATA_OVERHEAD)
+        return false;
+    if (known[0] >> 4 == 4)
+        return !memcmp(datagram, known, 2) && !memcmp(datagram + CHANNEL_HEADER, known + CHANNEL_HEADER, 8);
+    return !memcmp(datagram, known, 8);
+}
+
+/* A train: what is for the core becomes events at once, data waits in its client's lane. Clients may be mixed in a train
+ * that comes from a relay. */
+static void sort_train(struct engine *engine, const struct arrival *train, uint8_t **buffer)
+{
+    uint64_t lane;
+    for (uint32_t start = 0, end; start < train->length; start = end) {
+        const uint8_t *first = train->octets + start;
+        uint32_t left = train->length - start, stride = train->stride;
+        bool is_data = find_lane(engine, first, left < stride ? left : stride, &train->source, &lane);
+        end = left < stride ? train->length : start + stride;
+        while (is_data && end < train->length) {
+            left = train->length - end;
+            if (!resembles(train->octets + end, left < stride ? left : stride, first))
+                break;
+            end = left < stride ? train->length : end + stride;
+        }
+        struct arrival part = *train;
+        part.octets += start;
+        part.length = end - start;
+        if (is_data)
+            backlog_add(&engine->from_udp, lane, &part, part.length == train->length ? buffer : NULL);
+        else
+            take_arrival(engine, &part, true);
+    }
+}
+
+/* Empty the socket. */
+static int take_in_udp(struct engine *engine, struct udp_port *port)
+{
+    int64_t octets = INTAKE_OCTETS;
+    for (int calls = 0; calls < INTAKE_CALLS && octets > 0; calls++) {
+        int count = udp_receive(port, &engine->receiver, RECEIVE_MESSAGES);
         if (count == -EAGAIN || count == 0)
-            break;
+            return 0;
         if (count < 0) {
             if (!udp_receive_failed(port, -count))
                 return count;
-            budget--;
             continue;
         }
         for (int i = 0; i < count; i++) {
             struct arrival arrival;
-            if (!udp_arrival(port, &engine->receiver, (unsigned)i, &arrival)) {
-                budget--; /* an empty datagram, or one that was counted and dropped */
-                continue;
-            }
-            uint32_t before = engine->turn.packets;
-            take_arrival(engine, &arrival, true);
-            budget -= engine->turn.packets - before;
-            engine->counters.udp_rx_packets += engine->turn.packets - before;
+            if (!udp_arrival(port, &engine->receiver, (unsigned)i, &arrival))
+                continue; /* an empty datagram, or one that was counted and dropped */
+            sort_train(engine, &arrival, &engine->receiver.buffers[i]);
+            engine->counters.udp_rx_packets += (arrival.length + arrival.stride - 1) / arrival.stride;
             engine->counters.udp_rx_bytes += arrival.length;
             engine->counters.udp_rx_calls++;
+            octets -= arrival.length;
         }
-        if ((unsigned)count < wanted)
+        if (count < RECEIVE_MESSAGES)
+            return 0;
+    }
+    return 0;
+}
+
+/* Packets of this turn: few after something for the core turned up. */
+static uint32_t turn_limit(const struct engine *engine)
+{
+    return engine->turn.event_count ? engine->turn.packets + engine->urgent_packets : engine->turn_packets;
+}
+
+int engine_receive_udp(struct engine *engine, bool is_ipv4, double now)
+{
+    begin_turn(engine, now);
+    int result = take_in_udp(engine, engine_udp(engine, is_ipv4));
+    if (result < 0)
+        return result;
+    uint32_t limit = turn_limit(engine);
+    while (engine->turn.packets < limit) {
+        struct arrival *arrival = backlog_next(&engine->from_udp);
+        if (!arrival)
             break;
-        if (budget > 0 && engine->tun.queued >= engine->flush_packets && !tun_flush(&engine->tun))
+        take_arrival(engine, arrival, true);
+        if (engine->tun.queued >= engine->flush_packets && !tun_flush(&engine->tun))
             break;
     }
     return 0;
@@ -473,9 +559,8 @@ static void take_super_packet(struct engine *engine, uint8_t *packet, uint32_t l
 }
 
 /* Handle what one read left in the buffer: a packet, or a super-packet that is decided on as one. */
-static void take_read(struct engine *engine, uint32_t length)
+static void take_read(struct engine *engine, uint8_t *packet, uint32_t length)
 {
-    uint8_t *packet = engine->read;
     struct vnet vnet = {0};
     if (engine->tun.vnet_hdr) {
         if (length <= VNET_HEADER) {
@@ -505,26 +590,53 @@ static bool flush_udp(struct engine *engine)
     return udp_flush(&engine->udp[1]) && done;
 }
 
-int engine_receive_tun(struct engine *engine, double now)
+/* The lane of the client that a packet is for: by its address, so that nothing of one client overtakes anything. */
+static uint64_t lane_of_read(const struct engine *engine, const uint8_t *packet, uint32_t length)
+{
+    uint8_t address[16] = {0};
+    uint32_t start = engine->tun.vnet_hdr ? VNET_HEADER : 0;
+    if (length >= start + IPV6_HEADER && packet[start] >> 4 == 6)
+        memcpy(address, packet + start + 24, 16);
+    else if (length >= start + IPV4_HEADER)
+        memcpy(address, packet + start + 16, 4);
+    return hash_octets(&engine->state.seed, address, sizeof address);
+}
+
+/* Empty the TUN into the lanes. */
+static int take_in_tun(struct engine *engine)
 {
     struct tun_port *tun = &engine->tun;
-    int64_t budget = engine->turn_packets;
-    begin_turn(engine, now);
-    while (budget > 0) {
-        ALLOW(engine->read, READ_BUFFER_SIZE);
-        ssize_t length = tun->calls->read(tun->calls_context, tun->descriptor, engine->read, READ_BUFFER_SIZE);
+    int64_t octets = INTAKE_OCTETS;
+    for (int calls = 0; calls < INTAKE_CALLS * RECEIVE_MESSAGES && octets > 0; calls++) {
+        ALLOW(engine->read, BUFFER_SIZE);
+        ssize_t length = tun->calls->read(tun->calls_context, tun->descriptor, engine->read, VNET_HEADER + MAX_PACKET);
         if (length == -EAGAIN)
-            break;
+            return 0;
         if (length <= 0)
             return length ? (int)length : -ENODEV;
-        FORBID(engine->read + length, READ_BUFFER_SIZE - (size_t)length);
-        uint32_t before = engine->turn.packets;
-        take_read(engine, (uint32_t)length);
-        uint32_t taken = engine->turn.packets - before;
-        budget -= taken ? taken : 1;
+        FORBID(engine->read + length, BUFFER_SIZE - (size_t)length);
+        struct arrival arrival = {.octets = engine->read, .length = (uint32_t)length, .stride = (uint32_t)length};
+        backlog_add(&engine->from_tun, lane_of_read(engine, engine->read, arrival.length), &arrival, &engine->read);
         engine->counters.tun_rx_calls++;
-        engine->counters.tun_rx_packets += taken;
-        if (budget > 0 && engine->udp[0].queued + engine->udp[1].queued >= engine->flush_packets && !flush_udp(engine))
+        octets -= length;
+    }
+    return 0;
+}
+
+int engine_receive_tun(struct engine *engine, double now)
+{
+    begin_turn(engine, now);
+    int result = take_in_tun(engine);
+    if (result < 0)
+        return result;
+    while (engine->turn.packets < engine->turn_packets) {
+        struct arrival *arrival = backlog_next(&engine->from_tun);
+        if (!arrival)
+            break;
+        uint32_t before = engine->turn.packets;
+        take_read(engine, arrival->octets, arrival->length);
+        engine->counters.tun_rx_packets += engine->turn.packets - before;
+        if (engine->udp[0].queued + engine->udp[1].queued >= engine->flush_packets && !flush_udp(engine))
             break;
     }
     return 0;
@@ -539,7 +651,7 @@ void engine_handle_packet(struct engine *engine, const uint8_t *packet, uint32_t
     }
     ALLOW(engine->read, length);
     memcpy(engine->read, packet, length);
-    FORBID(engine->read + length, READ_BUFFER_SIZE - length);
+    FORBID(engine->read + length, BUFFER_SIZE - length);
     take_packet(engine, engine->read, length, packet);
 }
 

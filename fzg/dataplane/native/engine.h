@@ -7,7 +7,7 @@
 #include "tun_port.h"
 #include "udp_port.h"
 
-enum { MISSED_BUCKETS = 256, READ_BUFFER_SIZE = VNET_HEADER + MAX_PACKET };
+enum { MISSED_BUCKETS = 256 };
 
 enum event_kind {
     EVENT_DATAGRAM,
@@ -67,9 +67,12 @@ struct engine {
     struct tun_port tun;
     struct udp_port udp[2]; /* IPv4, IPv6 */
     struct turn turn;
+    struct backlog from_udp; /* of both families */
+    struct backlog from_tun;
     struct receiver receiver;
-    uint8_t *read; /* one TUN read */
+    uint8_t *read; /* a buffer for the next TUN read */
     uint32_t turn_packets;
+    uint32_t urgent_packets;
     uint32_t flush_packets;
 };
 
@@ -84,6 +87,12 @@ int engine_receive_tun(struct engine *engine, double now);
 void engine_handle_datagram(struct engine *engine, const struct arrival *datagram, double now);
 void engine_handle_packet(struct engine *engine, const uint8_t *packet, uint32_t length, double now);
 void engine_end_turn(struct engine *engine);
+
+/* Whether packets wait for another turn of that kind, whatever the descriptors say. */
+static inline bool engine_has_backlog(const struct engine *engine, bool from_tun)
+{
+    return !backlog_is_empty(from_tun ? &engine->from_tun : &engine->from_udp);
+}
 
 void engine_write_tun(struct engine *engine, const uint8_t *packet, uint32_t length);
 void engine_transmit(struct engine *engine, const struct endpoint *destination, const uint8_t *source, uint8_t ecn,

@@ -23,6 +23,16 @@ static inline uint64_t endpoint_hash(const struct seed *seed, const struct endpo
     return hash_octets(seed, endpoint->ip, sizeof endpoint->ip) ^ hash_word(seed, endpoint->port);
 }
 
+/* What one call brought: datagrams of `stride` bytes, the last one maybe shorter, or one read from the TUN. */
+struct arrival {
+    uint8_t *octets;
+    uint32_t length;
+    uint32_t stride;
+    struct endpoint source;
+    struct endpoint local;
+    uint8_t ecn;
+};
+
 /* The replay window of one session (spec connectivity 5.8). */
 enum { WINDOW_SIZE = 8192 };
 /* One word more than the window, so that clearing the word that the newest counter enters spares the oldest valid one. */

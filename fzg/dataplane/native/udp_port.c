@@ -16,6 +16,8 @@
 #define UDP_GRO 104
 #endif
 
+_Static_assert(BUFFER_SIZE >= MAX_SEGMENTS * MAX_DATAGRAM, "a train is cut short");
+
 enum {
     /* Datagrams of clients that may wait for the socket: 64 full batches (spec tunnel 9.6), about 5 MB. */
     MAX_QUEUED_DATA = 64 * 64,
@@ -36,29 +38,13 @@ void udp_init(struct udp_port *port)
 
 /* -- receiving. */
 
-bool receiver_init(struct receiver *receiver)
-{
-    for (unsigned i = 0; i < RECEIVE_MESSAGES; i++) {
-        receiver->buffers[i] = malloc(RECEIVE_BUFFER_SIZE);
-        if (!receiver->buffers[i])
-            return false;
-    }
-    return true;
-}
-
-void receiver_free(struct receiver *receiver)
-{
-    for (unsigned i = 0; i < RECEIVE_MESSAGES; i++)
-        free(receiver->buffers[i]);
-}
-
 int udp_receive(struct udp_port *port, struct receiver *receiver, unsigned count)
 {
     if (count > RECEIVE_MESSAGES)
         count = RECEIVE_MESSAGES;
     for (unsigned i = 0; i < count; i++) {
-        ALLOW(receiver->buffers[i], RECEIVE_BUFFER_SIZE);
-        receiver->parts[i] = (struct iovec){receiver->buffers[i], RECEIVE_BUFFER_SIZE};
+        ALLOW(receiver->buffers[i], BUFFER_SIZE);
+        receiver->parts[i] = (struct iovec){receiver->buffers[i], BUFFER_SIZE};
         receiver->messages[i] = (struct mmsghdr){
             .msg_hdr = {
                 .msg_name = &receiver->names[i],
@@ -120,7 +106,7 @@ bool udp_arrival(struct udp_port *port, const struct receiver *receiver, unsigne
         .octets = receiver->buffers[index], .length = message.msg_len, .stride = message.msg_len,
         .local = {.port = port->number},
     };
-    FORBID(receiver->buffers[index] + message.msg_len, RECEIVE_BUFFER_SIZE - message.msg_len);
+    FORBID(receiver->buffers[index] + message.msg_len, BUFFER_SIZE - message.msg_len);
     read_control(&message.msg_hdr, arrival);
     if (!arrival->local.size) {
         port->counters.without_local_address++;

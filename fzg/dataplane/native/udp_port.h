@@ -3,16 +3,14 @@
 #define FZG_UDP_PORT_H
 
 #include "arena.h"
+#include "backlog.h"
 #include "state.h"
 #include "system_calls.h"
 
 enum {
     MAX_DATAGRAM = 1316, /* largest UDP payload sent or accepted, spec tunnel 1.2 */
     MAX_SEGMENTS = 64,   /* UDP_MAX_SEGMENTS of the kernel, spec tunnel 9.6 */
-    /* Holds the largest train the kernel makes of our largest datagrams; a smaller buffer would cut one short. */
-    RECEIVE_BUFFER_SIZE = MAX_SEGMENTS * MAX_DATAGRAM,
-    /* Trains per receive call: what of them is in flight stays within a core's second-level cache. */
-    RECEIVE_MESSAGES = 8,
+    RECEIVE_MESSAGES = 8, /* trains per receive call: half a megabyte, within a core's second-level cache */
     CONTROL_SIZE = 256,
     BATCH_BUCKETS = 256,
 };
@@ -23,20 +21,8 @@ struct receiver {
     struct iovec parts[RECEIVE_MESSAGES];
     struct sockaddr_storage names[RECEIVE_MESSAGES];
     _Alignas(struct cmsghdr) uint8_t control[RECEIVE_MESSAGES][CONTROL_SIZE];
+    /* Of BUFFER_SIZE: the largest train the kernel makes of our largest datagrams; a smaller one would cut it short. */
     uint8_t *buffers[RECEIVE_MESSAGES];
-};
-
-bool receiver_init(struct receiver *receiver);
-void receiver_free(struct receiver *receiver);
-
-/* Datagrams of `stride` bytes, the last one maybe shorter. */
-struct arrival {
-    const uint8_t *octets;
-    uint32_t length;
-    uint32_t stride;
-    struct endpoint source;
-    struct endpoint local;
-    uint8_t ecn;
 };
 
 struct datagram {

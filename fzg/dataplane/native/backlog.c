@@ -1,0 +1,188 @@
+#include "backlog.h"
+
+#include <stdlib.h>
+
+#include "sanitize.h"
+
+enum {
+    /* 10 ms at 3 Gbit/s: enough for a client's burst, and little enough that its own packets stay fresh. */
+    MAX_COST = 4 << 20,
+    /* What a client gets before the next one: a full super-packet. */
+    QUANTUM = 65536,
+    /* Smaller entries are copied, so that a few octets do not hold a large buffer. */
+    COPIED = 16384,
+    MAX_SPARE_BUFFERS = 32,
+    MAX_SPARES = 1024,
+};
+
+void backlog_init(struct backlog *backlog)
+{
+    *backlog = (struct backlog){.lanes_used = LANES, .max_cost = MAX_COST, .quantum = QUANTUM};
+}
+
+/* -- memory. */
+
+uint8_t *backlog_buffer(struct backlog *backlog)
+{
+    uint8_t *buffer = backlog->buffer_count ? backlog->buffers[--backlog->buffer_count] : malloc(BUFFER_SIZE);
+    if (buffer)
+        ALLOW(buffer, BUFFER_SIZE);
+    return buffer;
+}
+
+void backlog_return_buffer(struct backlog *backlog, uint8_t *buffer)
+{
+    if (!backlog->buffers)
+        backlog->buffers = malloc(MAX_SPARE_BUFFERS * sizeof *backlog->buffers);
+    if (buffer && backlog->buffers && backlog->buffer_count < MAX_SPARE_BUFFERS)
+        backlog->buffers[backlog->buffer_count++] = buffer;
+    else
+        free(buffer);
+}
+
+static struct waiting *make_waiting(struct backlog *backlog)
+{
+    struct waiting *waiting = backlog->spare;
+    if (!waiting)
+        return malloc(sizeof *waiting);
+    backlog->spare = waiting->next;
+    backlog->spares--;
+    return waiting;
+}
+
+static void forget(struct backlog *backlog, struct waiting *waiting)
+{
+    if (waiting->chunk)
+        arena_release(&backlog->arena, waiting->chunk);
+    else
+        backlog_return_buffer(backlog, waiting->arrival.octets);
+    if (backlog->spares >= MAX_SPARES) {
+        free(waiting);
+        return;
+    }
+    waiting->next = backlog->spare;
+    backlog->spare = waiting;
+    backlog->spares++;
+}
+
+static void *keep(struct backlog *backlog, struct waiting *waiting, uint8_t **buffer)
+{
+    struct arrival *arrival = &waiting->arrival;
+    waiting->chunk = NULL;
+    if (buffer && arrival->length > COPIED) {
+        uint8_t *replacement = backlog_buffer(backlog);
+        if (replacement)
+            *buffer = replacement;
+        return replacement;
+    }
+    uint8_t *octets = arena_reserve(&backlog->arena, arrival->length);
+    if (!octets)
+        return NULL;
+    memcpy(octets, arrival->octets, arrival->length);
+    arrival->octets = octets;
+    return waiting->chunk = arena_commit(&backlog->arena, arrival->length);
+}
+
+/* -- lanes. */
+
+static uint32_t packets_in(const struct arrival *arrival) { return (arrival->length + arrival->stride - 1) / arrival->stride; }
+
+static struct waiting *take_first(struct backlog *backlog, struct lane *lane)
+{
+    struct waiting *waiting = lane->head;
+    lane->head = waiting->next;
+    lane->cost -= waiting->arrival.length + sizeof *waiting;
+    backlog->cost -= waiting->arrival.length + sizeof *waiting;
+    return waiting;
+}
+
+/* The lane after `before` is empty now: out of the round. */
+static void retire(struct backlog *backlog, struct lane *before)
+{
+    struct lane *lane = before->next;
+    before->next = lane->next;
+    if (backlog->last == lane)
+        backlog->last = before == lane ? NULL : before;
+    lane->next = NULL;
+    lane->deficit = 0;
+}
+
+/* The oldest of the longest lane goes, which its sender notices soonest. */
+static void drop_from_longest(struct backlog *backlog)
+{
+    struct lane *before = backlog->last, *longest = before;
+    for (struct lane *lane = before->next; lane != backlog->last; lane = lane->next)
+        if (lane->next->cost > longest->next->cost)
+            longest = lane;
+    struct lane *lane = longest->next;
+    struct waiting *waiting = take_first(backlog, lane);
+    backlog->dropped += packets_in(&waiting->arrival);
+    forget(backlog, waiting);
+    if (!lane->head)
+        retire(backlog, longest);
+}
+
+void backlog_add(struct backlog *backlog, uint64_t hash, const struct arrival *arrival, uint8_t **buffer)
+{
+    struct lane *lane = &backlog->lanes[(hash >> 32) % backlog->lanes_used];
+    uint64_t cost = arrival->length + sizeof(struct waiting);
+    while (backlog->last && backlog->cost + cost > backlog->max_cost)
+        drop_from_longest(backlog);
+    struct waiting *waiting = make_waiting(backlog);
+    if (waiting) {
+        waiting->next = NULL;
+        waiting->arrival = *arrival;
+    }
+    if (!waiting || !keep(backlog, waiting, buffer)) {
+        free(waiting);
+        backlog->dropped += packets_in(arrival);
+        return;
+    }
+    if (lane->head) {
+        lane->tail->next = waiting;
+    } else {
+        lane->head = waiting;
+        lane->next = backlog->last ? backlog->last->next : lane;
+        if (backlog->last)
+            backlog->last->next = lane;
+        backlog->last = lane;
+    }
+    lane->tail = waiting;
+    lane->cost += cost;
+    backlog->cost += cost;
+}
+
+struct arrival *backlog_next(struct backlog *backlog)
+{
+    if (backlog->served) {
+        forget(backlog, backlog->served);
+        backlog->served = NULL;
+    }
+    if (!backlog->last)
+        return NULL;
+    while (backlog->last->next->deficit <= 0) {
+        backlog->last->next->deficit += backlog->quantum;
+        backlog->last = backlog->last->next;
+    }
+    struct lane *lane = backlog->last->next;
+    backlog->served = take_first(backlog, lane);
+    lane->deficit -= backlog->served->arrival.length;
+    if (!lane->head)
+        retire(backlog, backlog->last);
+    return &backlog->served->arrival;
+}
+
+void backlog_free(struct backlog *backlog)
+{
+    while (backlog_next(backlog))
+        ;
+    while (backlog->spare) {
+        struct waiting *next = backlog->spare->next;
+        free(backlog->spare);
+        backlog->spare = next;
+    }
+    while (backlog->buffer_count)
+        free(backlog->buffers[--backlog->buffer_count]);
+    free(backlog->buffers);
+    arena_free(&backlog->arena);
+}

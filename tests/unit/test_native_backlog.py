@@ -1,0 +1,190 @@
+"""What waits in the native engine: control first, clients by turns, bounds, and order within a connection."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from fzg.dataplane.engine import Datagram, InnerPacket, OutboundPacket
+from tests.unit.dataplane_world import CLIENT, CLIENT4, GATEWAY, RELAY, SERVER4, NativeEngine, World, udp
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+pytestmark = pytest.mark.skipif(NativeEngine is None, reason="the native engine was not built")
+
+FLOOD, OTHER = 5, 6
+SIZE = 1000
+TRAIN = 40
+STUN = b"\0\1\0\0stun"
+
+
+class Reads:
+    """A TUN that gives what tests put in and takes everything."""
+
+    def __init__(self) -> None:
+        self.waiting: list[bytes] = []
+        self.written: list[bytes] = []
+
+    def readv(self, descriptor: int, buffers: Sequence[Any]) -> int:
+        if not self.waiting:
+            raise BlockingIOError(errno.EAGAIN, "")
+        read = self.waiting.pop(0)
+        buffers[0][: len(read)] = read
+        return len(read)
+
+    def writev(self, descriptor: int, parts: Sequence[bytes]) -> int:
+        self.written.append(b"".join(parts))
+        return len(self.written[-1])
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    world = World(engine=NativeEngine)
+    world.handshake(peer=OTHER)
+    for peer in (FLOOD, OTHER):
+        world.arrive(world.client.seal(peer, b"", 1.0))  # confirms the session
+    yield world
+    world.close()
+
+
+def packet(peer: int, number: int) -> bytes:
+    return udp(struct.pack(">I", number) + bytes(SIZE), sport=peer)
+
+
+def number_of(inner: bytes) -> int:
+    return int(struct.unpack_from(">I", inner, 28)[0])
+
+
+def flood(world: World, trains: int, first: int = 0) -> None:
+    for train in range(trains):
+        numbers = range(first + train * TRAIN, first + (train + 1) * TRAIN)
+        messages = [world.sealed(packet(FLOOD, number)) for number in numbers]
+        world.udp4.put(b"".join(messages), stride=len(messages[0]))
+
+
+def turn(world: World) -> list[Any]:
+    return list(world.gateway.receive_udp(socket.AF_INET, 10.0))
+
+
+def test_control_behind_a_flood_is_found_before_the_flood_is_served(world: World):
+    flood(world, 50)
+    world.udp4.put(STUN)
+    items: list[Any] = []
+    for _ in range(2):
+        items += turn(world)
+    assert Datagram(STUN, CLIENT, GATEWAY, 0) in items
+    served = sum(isinstance(item, InnerPacket) for item in items)
+    assert served < 50 * TRAIN * 0.7
+    assert world.gateway.has_backlog(socket.AF_INET)
+    while world.gateway.has_backlog(socket.AF_INET):
+        served += len(turn(world))
+    assert served == 50 * TRAIN
+    assert "drop_udp_backlog_full" not in world.counters
+
+
+def test_a_turn_that_finds_control_is_a_short_one(world: World):
+    flood(world, 10)
+    world.udp4.put(STUN)
+    assert len(turn(world)) <= 1 + 64 + TRAIN
+
+
+def test_another_client_waits_for_one_portion_of_the_flood_only(world: World):
+    flood(world, 12)
+    world.udp4.put(world.sealed(packet(OTHER, 1), peer=OTHER), source=RELAY)
+    items = turn(world)
+    position = next(i for i, item in enumerate(items) if item.peer == OTHER)
+    assert position <= -(-65536 // SIZE) + TRAIN
+
+
+def test_a_flood_is_bounded_and_costs_nobody_else_anything(world: World):
+    world.gateway.limit(backlog=1 << 20, turn=TRAIN)
+    items: list[Any] = []
+    for round_ in range(30):
+        flood(world, 10, first=round_ * 10 * TRAIN)
+        world.udp4.put(world.sealed(packet(OTHER, round_), peer=OTHER))
+        items += turn(world)
+    while world.gateway.has_backlog(socket.AF_INET):
+        items += turn(world)
+    assert [number_of(item.packet) for item in items if item.peer == OTHER] == list(range(30))
+    numbers = [number_of(item.packet) for item in items if item.peer == FLOOD]
+    assert numbers == sorted(numbers)
+    assert len(numbers) + world.counters["drop_udp_backlog_full"] == 30 * 10 * TRAIN
+
+
+def test_a_flood_of_tiny_datagrams_is_bounded_by_what_it_costs_to_keep(world: World):
+    world.gateway.limit(backlog=100_000, turn=1)
+    for _ in range(4):
+        for number in range(2000):
+            world.udp4.put(world.sealed(udp(sport=number)))
+        while world.udp4.arrivals:
+            turn(world)
+    assert world.counters["drop_udp_backlog_full"] > 8000 - 2000
+
+
+def test_clients_that_share_a_train_keep_their_order(world: World):
+    world.gateway.set_channel(RELAY, 0x4005, usable=True)
+    world.gateway.set_channel(RELAY, 0x4006, usable=True)
+    for round_ in range(20):
+        frames = []
+        for number in range(round_ * 10, round_ * 10 + 10):
+            peer = OTHER if number % 3 else FLOOD
+            message = world.sealed(packet(peer, number), peer=peer)
+            frames.append(struct.pack(">HH", 0x4000 + peer, len(message)) + message)
+        world.udp4.put(b"".join(frames), stride=len(frames[0]), source=RELAY)
+    items = turn(world)
+    while world.gateway.has_backlog(socket.AF_INET):
+        items += turn(world)
+    for peer in (FLOOD, OTHER):
+        numbers = [number_of(item.packet) for item in items if item.peer == peer]
+        assert numbers == [number for number in range(200) if (OTHER if number % 3 else FLOOD) == peer]
+
+
+def test_what_waits_is_decided_when_it_is_served(world: World):
+    world.allow(packet(FLOOD, 0), inbound=True)
+    flood(world, 30)
+    assert turn(world) == []
+    world.gateway.revoke(FLOOD)
+    items = []
+    while world.gateway.has_backlog(socket.AF_INET):
+        items += turn(world)
+    assert len(items) >= 15 * TRAIN
+    assert all(isinstance(item, InnerPacket) for item in items)
+
+
+def test_what_waits_for_a_session_that_ended_is_for_the_node(world: World):
+    flood(world, 14)
+    turn(world)
+    world.gateway.remove_peer(FLOOD)
+    items = []
+    while world.gateway.has_backlog(socket.AF_INET):
+        items += turn(world)
+    assert items
+    assert all(isinstance(item, Datagram) for item in items)
+
+
+def test_towards_clients_too_the_other_waits_for_one_portion_only(world: World):
+    tun = Reads()
+    world.gateway.play_tun(tun)
+    other = bytes((100, 64, 0, 77))
+    for number in range(500):
+        tun.waiting.append(bytes(10) + udp(os.urandom(SIZE), source=SERVER4, destination=CLIENT4, sport=number))
+    tun.waiting.append(bytes(10) + udp(source=SERVER4, destination=other))
+    items = list(world.gateway.receive_tun(10.0))
+    assert OutboundPacket(udp(source=SERVER4, destination=other)) in items[: -(-65536 // SIZE) + 2]
+    while world.gateway.has_backlog(None):
+        items += world.gateway.receive_tun(10.0)
+    ports = [struct.unpack_from(">H", item.packet, 20)[0] for item in items if item.packet[16:20] == CLIENT4]
+    assert ports == list(range(500))
+
+
+def test_the_backlog_of_one_direction_is_not_that_of_the_other(world: World):
+    flood(world, 14)
+    turn(world)
+    assert world.gateway.has_backlog(socket.AF_INET)
+    assert not world.gateway.has_backlog(None)
