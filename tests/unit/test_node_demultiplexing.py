@@ -7,6 +7,7 @@ import struct
 
 import pytest
 
+from fzg.node import node
 from fzg.wire import stun
 from fzg.wire.endpoint import Endpoint
 from fzg.wireguard import noise
@@ -121,6 +122,7 @@ def test_two_connections_with_one_local_ufrag_are_told_apart_by_the_remote_one()
 def test_a_check_is_answered_from_the_address_it_came_to(local):
     """The second relay is reached from the gateway's second address, which makes that a host candidate too."""
     w = world()
+    w.gateway.addresses.append(bytes((203, 0, 113, 6)))
     receive = w.gateway.receive
 
     def arrive(payload, source, destination):
@@ -304,3 +306,19 @@ def test_a_busy_gateway_answers_a_valid_mac1_with_a_cookie_on_the_arrival_path()
     w.gateway.receive(channel_data(0x4000, message), w.relays[0].v4, GATEWAY)
     (relayed,) = [payload for payload in sent_to(w, w.relays[0].v4) if payload[0] == 0x40]
     assert struct.unpack("!HH", relayed[:4]) == (0x4000, 64)
+
+
+def test_what_the_gate_refuses_costs_no_curve_operation(monkeypatch):
+    """D4: MAC1 and the limiter come before the key that finds the connection."""
+    w = world(relays=1).start()
+    w.connect()
+    w.net.run(2.0)
+    identified = []
+    monkeypatch.setattr(node, "identify", lambda static, message: identified.append(message))
+    message, _ = initiation(w)
+    for number in range(200):
+        w.gateway.receive(message[:116] + bytes(12) + number.to_bytes(4) + bytes(16), STRANGER, GATEWAY)
+    assert identified == []
+    for _ in range(300):
+        w.gateway.receive(message, STRANGER, GATEWAY)
+    assert len(identified) == 100
