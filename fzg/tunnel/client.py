@@ -34,7 +34,11 @@ class Refusal(Enum):
 
 
 class Client:
-    """State of one client, kept while its connection comes and goes."""
+    """State of one client, kept while its connection comes and goes.
+
+    `exempt`: the gateway's own addresses, to and from which everything passes; `met`: those at the first grant, which
+    stay exempt for as long as the client is known (spec tunnel 14).
+    """
 
     __slots__ = (
         "_authorizations",
@@ -43,17 +47,20 @@ class Client:
         "_internet",
         "_next_expiry",
         "_routes",
+        "exempt",
         "id",
         "ipv4",
         "ipv6",
+        "met",
         "nat",
         "proxies",
     )
 
-    def __init__(self, client_id: str, ipv4: bytes, ipv6: bytes) -> None:
+    def __init__(self, client_id: str, ipv4: bytes, ipv6: bytes, gateway: frozenset[bytes] = frozenset()) -> None:
         self.id = client_id
         self.ipv4 = ipv4
         self.ipv6 = ipv6
+        self.met = self.exempt = gateway
         self.nat = NatTable()
         self.proxies = ProxyTable()
         self._authorizations: dict[str, Authorization] = {}

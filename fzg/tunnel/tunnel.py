@@ -72,8 +72,7 @@ class Tunnel:
     """
 
     def __init__(self, *, now: float, unix_offset: float = 0.0) -> None:
-        self._ipv4: bytes | None = None
-        self._ipv6: bytes | None = None
+        self._addresses: frozenset[bytes] = frozenset()
         self._clients: dict[str, Client] = {}
         self._by_ip: dict[bytes, Client] = {}
         self._next_tick = now + HOUSEKEEPING_INTERVAL
@@ -88,12 +87,14 @@ class Tunnel:
     # -- authorizations
 
     def set_gateway_addresses(self, ipv4: bytes | None, ipv6: bytes | None) -> None:
-        """The gateway's own tunnel IPs. They are exempt from policy, for clients known already too."""
-        if (ipv4, ipv6) == (self._ipv4, self._ipv6):
+        """The gateway's own tunnel IPs, which are exempt from policy; for known clients the former ones stay so too."""
+        addresses = frozenset(address for address in (ipv4, ipv6) if address is not None)
+        if addresses == self._addresses:
             return
-        self._ipv4, self._ipv6 = ipv4, ipv6
-        for client_id in self._clients:
-            self._events.append(Revoked(client_id))
+        self._addresses = addresses
+        for client in self._clients.values():
+            client.exempt = client.met | addresses
+            self._events.append(Revoked(client.id))
 
     def grant(  # noqa: PLR0917 - the portal's message, field by field
         self,
@@ -107,7 +108,7 @@ class Tunnel:
         attribution: Attribution | None = None,
     ) -> bool:
         """Let a client use a resource, or renew that; False if it could not be recorded."""
-        if self._ipv4 is None and self._ipv6 is None:
+        if not self._addresses:
             _LOG.warning("a resource was granted before the gateway had addresses, which is not recorded")
             return False
         client = self._clients.get(client_id)
@@ -121,7 +122,7 @@ class Tunnel:
                 return False
             if not self._clients:
                 self._next_tick = now + HOUSEKEEPING_INTERVAL
-            client = self._clients[client_id] = Client(client_id, ipv4, ipv6)
+            client = self._clients[client_id] = Client(client_id, ipv4, ipv6, self._addresses)
         narrower = client.grant(resource, expires)
         client.attribute(resource.id, attribution)
         if narrower:
@@ -136,12 +137,13 @@ class Tunnel:
     def reject(self, client_id: str, resource_id: str, now: float) -> None:  # noqa: ARG002 - time moves by argument
         """Withdraw one grant; a client without another is forgotten at once."""
         client = self._clients.get(client_id)
-        if client is None or not client.remove(resource_id):
+        if client is None:
             return
+        removed = client.remove(resource_id)
         if client.is_empty:
             self._remove(client)
             self._events.append(ClientEmpty(client_id))
-        else:
+        elif removed:
             self._events.append(Revoked(client_id))
 
     def retain(self, authorizations: Mapping[str, Mapping[str, float | None]], now: float) -> None:  # noqa: ARG002
@@ -201,7 +203,7 @@ class Tunnel:
             return self._drop(DropReason.OUTBOUND_ICMP_ERROR)
         if parsed.source not in (client.ipv4, client.ipv6):
             return self._refuse(client, parsed, Refusal.PROHIBITED, now)
-        if destination in (self._ipv4, self._ipv6):
+        if destination in client.exempt:
             return Forward(_merge_ecn(packet, ecn), _flow(parsed, None, 0, now + FLOW_VALIDITY))
         if is_peer(destination):
             return self._refuse(client, parsed, Refusal.PROHIBITED, now)
@@ -235,7 +237,7 @@ class Tunnel:
         if client is None:
             return self._drop(DropReason.NO_PEER_STATE)
         source = parsed.source
-        if source in (self._ipv4, self._ipv6):
+        if source in client.exempt:
             return Deliver(client.id, packet, _flow(parsed, None, 0, now + FLOW_VALIDITY))
         if parsed.destination_value is None:
             return self._deliver_error(client, parsed, now)
@@ -299,10 +301,7 @@ class Tunnel:
         # An answer must not lead back into the tunnel (spec 7.2).
         packed = [address.packed for address in addresses]
         resolved = [address for address in packed if not is_peer(address) and not is_proxy(address)]
-        forgotten = client.restarts_numbering(assigned.domain, proxy_ips)
-        if forgotten is not None:
-            self._untrack(forgotten)
-            self._events.append(Revoked(client.id))
+        self._check_numbering(client, assigned.domain, proxy_ips)
         if not client.may_name(assigned.domain, assigned.resource, now):
             self._send_status(client, assigned, control.Status.INACTIVE)
             return
@@ -485,8 +484,12 @@ class Tunnel:
     def _handle_assigned_ips(self, client: Client, assigned: control.AssignedIps, now: float) -> None:
         # Others would be reachable untranslated (spec 7.3).
         proxy_ips = tuple(address for address in assigned.proxy_ips if is_assignable_proxy(address))
-        fits = 0 < len(proxy_ips) <= MAX_PER_EVENT
-        if not fits or not client.may_name(assigned.domain, assigned.resource, now):
+        if not 0 < len(proxy_ips) <= MAX_PER_EVENT or client.authorization(assigned.resource, now) is None:
+            self._send_status(client, assigned, control.Status.INACTIVE)
+            return
+        if not client.may_name(assigned.domain, assigned.resource, now):
+            # No answer could make it active. But the IPs no longer stand for the names they stood for (spec 7.3, 1).
+            self._check_numbering(client, assigned.domain, proxy_ips)
             self._send_status(client, assigned, control.Status.INACTIVE)
             return
         if len(self._resolutions) >= MAX_RESOLUTIONS:
@@ -495,6 +498,13 @@ class Tunnel:
         request = next(self._requests)
         self._resolutions[request] = _Resolution(client, assigned, proxy_ips, now + RESOLUTION_TIMEOUT)
         self._events.append(ResolveDomain(request, assigned.domain.removesuffix(".")))
+
+    def _check_numbering(self, client: Client, domain: str, proxy_ips: tuple[bytes, ...]) -> None:
+        """Begin anew where a proxy IP comes back for another name."""
+        forgotten = client.restarts_numbering(domain, proxy_ips)
+        if forgotten is not None:
+            self._untrack(forgotten)
+            self._events.append(Revoked(client.id))
 
     def _send_status(self, client: Client, assigned: control.AssignedIps, status: control.Status) -> None:
         packet = control.encode(control.DomainStatus(assigned.resource, assigned.domain, status))

@@ -115,7 +115,7 @@ def translate(error: EmbeddedError, *, source: bytes, destination: bytes, source
     if len(source) == 4:
         embedded[16:20] = source
         keeps_rest = (error.type, error.code) == (UNREACHABLE, FRAGMENTATION_NEEDED)
-        rest = b"\0\0" + error.rest[2:] if keeps_rest else bytes(4)
+        rest = error.rest if keeps_rest else bytes(4)
         return _ipv4(source, destination, error.type, error.code, rest, bytes(embedded))
     embedded[24:40] = source
     rest = error.rest if error.type == PACKET_TOO_BIG_V6 else bytes(4)

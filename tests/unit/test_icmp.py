@@ -173,7 +173,7 @@ def test_a_translated_ipv4_error():
 def test_the_mtu_survives_translation():
     out = translate(icmp(ROUTER4, A4, 3, 4, b"\7\7\x04\xb0", EMBEDDED4), "100.96.0.2", A4, 17 << 16 | 1)
     assert out[20:22] == b"\3\4"
-    assert out[24:28] == b"\0\0\x04\xb0"
+    assert out[24:28] == b"\7\7\x04\xb0"
     proxy = "fd00:2021:1111:8000::2"
     out = translate(icmp(ROUTER6, A6, 2, 0, b"\0\0\x05\x14", EMBEDDED6), proxy, A6, 6 << 16 | 1)
     assert out[40:42] == b"\2\0"

@@ -96,6 +96,13 @@ def test_the_last_rejection_forgets_the_client_at_once(world):
     assert world.drain() == []
 
 
+def test_any_rejection_forgets_a_client_that_a_resynchronisation_left_empty(world):
+    world.tunnel.retain({}, world.now)
+    world.drain()
+    world.tunnel.reject(A, R9, world.now)
+    assert world.drain() == [Revoked(A), ClientEmpty(A)]
+
+
 @pytest.mark.spec("TUNNEL-74")
 def test_a_resynchronisation_keeps_only_what_is_listed(world):
     world.tunnel.retain({A: {R1: world.now + 10}, C: {R9: None}}, world.now)

@@ -328,6 +328,13 @@ def test_numbering_anew_keeps_routes_of_other_resources_right(world):
     assert world.refusal(udp(A4, P1, 1, 2)) == PROHIBITED4
 
 
+def test_a_proxy_that_comes_back_for_a_name_outside_of_the_pattern_leads_nowhere(world):
+    world.assign("a.corp.example", [P1, P2], ["10.0.0.1"])
+    assert world.ask("a.other.example", [P1]) is None
+    for stale in (P1, P2):
+        assert world.refusal(udp(A4, stale, 1, 2)) == PROHIBITED4
+
+
 # -- 7.1
 
 

@@ -152,11 +152,17 @@ def test_garbage_from_the_device_is_counted(world):
     assert world.dropped(udp("10.0.0.5", A4, 1, 2, fragment=0x2000)) == "Fragment"
 
 
-def test_new_gateway_addresses_replace_the_old_ones(world):
+def test_new_gateway_addresses_are_exempt_and_those_a_client_was_met_with_stay_so_for_it(world):
     assert world.delivered(udp(GATEWAY4, A4, 1, 2))
     world.tunnel.set_gateway_addresses(packed("100.64.7.7"), packed(GATEWAY6))
-    assert world.dropped(udp(GATEWAY4, A4, 1, 2)) == "NotAllowed"
+    assert world.delivered(udp(GATEWAY4, A4, 1, 2))
     assert world.delivered(udp("100.64.7.7", A4, 1, 2))
+    world.tunnel.set_gateway_addresses(packed("100.64.7.8"), packed(GATEWAY6))
+    assert world.dropped(udp("100.64.7.7", A4, 1, 2)) == "NotAllowed"
+    world.tunnel.forget(A)
+    world.cidr("10.0.0.0/8")
+    assert world.dropped(udp(GATEWAY4, A4, 1, 2)) == "NotAllowed"
+    assert world.delivered(udp("100.64.7.8", A4, 1, 2))
 
 
 def test_a_forged_proxy_source_is_dropped(world):
