@@ -276,7 +276,10 @@ def test_the_flow_table_is_bounded(world: World, monkeypatch: pytest.MonkeyPatch
     assert world.counters["flow_table_full"] == 1
     world.gateway.revoke(World.PEER)
     world.allow(udp(dport=3), inbound=True)
+    world.allow(udp(**BACK4), inbound=False)
     assert world.arrive(world.sealed(udp(dport=3))) == []
+    world.allow(udp(dport=4), inbound=True)
+    assert len(world.arrive(world.sealed(udp(dport=4)))) == 1
 
 
 def test_after_a_miss_the_rest_of_the_connection_follows_in_order(world: World):

@@ -122,6 +122,18 @@ def test_a_call_carries_at_most_49_full_datagrams_and_64_small_ones(world: World
     assert fake.datagrams == [*filled(100, 1316), *filled(65, 10)]
 
 
+@pytest.mark.parametrize(("destination", "limit"), [(CLIENT, 65535 - 68), (Endpoint(SERVER6, 1), 65535 - 48)])
+@pytest.mark.parametrize("surplus", [0, 1])
+def test_a_call_carries_as_many_bytes_as_a_datagram_holds_and_not_one_more(
+    world: World, destination: Endpoint, limit: int, surplus: int
+):
+    fake = world.udp4 if destination is CLIENT else world.udp6
+    last = limit - 60 * 1080 + surplus
+    transmit(world, *filled(60, 1080), bytes(last), destination=destination)
+    world.gateway.flush()
+    assert fake.sizes == ([61] if surplus == 0 else [60, 1])
+
+
 def test_ipv6_names_source_and_codepoint_too(world: World):
     transmit(world, b"x", destination=Endpoint(SERVER6, 9), source=CLIENT6, ecn=1)
     world.gateway.flush()
@@ -240,6 +252,17 @@ def test_a_full_socket_keeps_the_rest_queued_in_order(segmentation: bool):
     assert world.gateway.congested() == []
     assert world.udp4.datagrams == payloads
     world.close()
+
+
+def test_what_follows_to_a_destination_that_was_sent_to_before_the_socket_was_full_is_sent_too(world: World):
+    world.udp4.refuse = lambda sent: errno.EAGAIN if world.udp4.sent else 0
+    transmit(world, b"first", destination=OTHER)
+    transmit(world, b"waits")
+    assert not world.gateway.flush()
+    transmit(world, b"later", destination=OTHER)
+    world.udp4.refuse = lambda sent: 0
+    assert world.gateway.flush()
+    assert world.udp4.datagrams == [b"first", b"waits", b"later"]
 
 
 def test_data_is_bounded_and_leaves_room_for_the_core(world: World, monkeypatch: pytest.MonkeyPatch):

@@ -311,6 +311,22 @@ def test_a_write_has_at_most_64_datagrams_and_65535_bytes(world: World):
     assert [len(packets) for packets in write(world, large)] == [52, 8]
 
 
+@pytest.mark.parametrize(("last", "packets"), [(695, [55]), (696, [54, 1])])
+def test_a_write_may_have_65535_bytes_exactly(world: World, last: int, packets: list[int]):
+    segments = [*stream(54, size=1200), tcp(bytes(last), seq=1 + 54 * 1200, ident=64)]
+    assert [len(one) for one in write(world, segments)] == packets
+
+
+def test_two_clients_of_one_connection_are_not_merged(world: World):
+    world.handshake(peer=6)
+    first, second = stream(2)
+    world.allow(first, inbound=True)
+    world.allow(first, inbound=True, peer=6)
+    world.arrive(world.sealed(first))
+    world.arrive(world.sealed(second, peer=6))
+    assert [split_write(one) for one in world.written()] == [[first], [second]]
+
+
 def test_forwarded_packets_are_merged_after_translation(world: World):
     proxy, real = bytes((100, 96, 0, 1)), bytes((93, 184, 216, 34))
     packets = stream(3, source=CLIENT4, destination=proxy)
