@@ -43,6 +43,8 @@ lint: $(READY) ## ruff, mypy and the layers
 bench: $(ENGINE) ## figures as a table and as build/bench.json (ONLY=tcp1,connect_ms for some)
 	@packaging/require $(LAB_PACKAGES)
 	@$(PY) -m tests.bench $(if $(ONLY),--only $(ONLY))
+	@$(if $(ONLY),,$(PY) -m tests.bench.connect_times)
+	@$(if $(ONLY),,$(PY) -m tests.bench.nat_matrix)
 
 binary: $(READY) ## dist/firezone-gateway, one file
 	@library=$$($(PY) packaging/python_packages.py library) && packaging/require $(BINARY_PACKAGES) $$library

@@ -65,7 +65,7 @@ def test_the_search_ends_below_the_rate_that_loses_and_near_it(limit: float) -> 
         asked.append(mbit)
         return min(mbit, limit), 0.0 if mbit <= limit else 1.0
 
-    search = _Search(measure)
+    search = _Search(measure, rate=200.0, most=3000.0)
     found = [search.run() for _ in range(6)]
     assert max(found) <= limit
     assert found[-1] >= limit / 1.2

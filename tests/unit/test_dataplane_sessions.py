@@ -146,6 +146,7 @@ def test_a_removed_session_is_not_used_any_more(world: World):
 @pytest.mark.spec("CONN-76")
 @pytest.mark.parametrize("size", [28, 29, 1000, 1279, 1280])
 def test_data_messages_are_the_packet_and_32_bytes(world: World, size: int):
+    """Nothing is padded (D11 is not done): the outer length tells little, and 15 bytes a packet are 15 bytes."""
     packet = udp(bytes(size - 28))
     assert len(world.gateway.seal(World.PEER, packet, 1.0)) == size + 32
     assert len(world.gateway.seal(World.PEER, b"", 1.0)) == 32
