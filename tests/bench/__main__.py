@@ -38,7 +38,17 @@ DIRECTIONS = ("up", "down")
 _PATHS = {WIREGUARD_GO: "direct", ROUTING: ""}
 CROWD = 100  # other clients that are connected all the time
 _DIRECTED = (
-    *("tcp1", "tcp4", "udp1200_mbit", "udp64_kpps", "cpu_s_per_gb", "segments", "ping_p99_ms", "stun_p99_ms"),
+    *(
+        "tcp1",
+        "tcp4",
+        "udp1200_mbit",
+        "udp64_kpps",
+        "cpu_s_per_gb",
+        "cpu_wait_percent",
+        "segments",
+        "ping_p99_ms",
+        "stun_p99_ms",
+    ),
     *("handshake_p99_ms", "python_percent_in", "python_percent_out", "udp_buffer_errors"),
     *("turn1", f"turn{measurements.TURN_CONNECTIONS}"),
 )

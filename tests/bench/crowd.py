@@ -149,7 +149,8 @@ class _Crowd:
 
     def has_backlog(self, family: int | None) -> bool:
         """Whether the engine holds packets of an earlier turn."""
-        return hasattr(self.engine, "has_backlog") and self.engine.has_backlog(family)
+        held: bool = self.engine.has_backlog(family)
+        return held
 
     def order(self, line: bytes) -> None:
         arguments = json.loads(line)

@@ -35,6 +35,7 @@ UNITS = {
     "stun_p99_ms": "ms",
     "handshake_p99_ms": "ms",
     "python_percent": "%",
+    "cpu_wait_percent": "%",
     "cpu_percent_after": "%",
     "udp_buffer_errors": "",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -67,6 +68,7 @@ def tcp(site: Site, program: Program, *, streams: int, direction: str) -> Measur
     errors = program.figure("udp_buffer_errors", direction)
     shares = {way: program.figure(f"python_percent_{way}", direction) for way in _WAYS}
     of_gateway = program.name == "gateway"
+    waited = program.figure("cpu_wait_percent", direction)
     with_cost = streams == 1 and program.cost is not None
     counted = [errors, *shares.values(), *([segments] if direction == "down" else [])] if of_gateway else []
     options = (*_OPTIONS[direction], "-P", str(streams))
@@ -75,10 +77,12 @@ def tcp(site: Site, program: Program, *, streams: int, direction: str) -> Measur
         errors_before = site.beside.udp_buffer_errors() if of_gateway else 0
         before = site.counters() if of_gateway else {}
         cost_before = program.cost().cpu if program.cost is not None else 0.0
+        waits_before, began = _cpu_wait_seconds(program.pid), time.monotonic()
         received = site.lab.client.iperf3(*options, server=program.server, seconds=TCP_SECONDS)["end"]["sum_received"]
         values: Values = {throughput: received["bits_per_second"] / 1e9}
         if with_cost and program.cost is not None:
             values[cost] = (program.cost().cpu - cost_before) / received["bytes"] * 1e9
+            values[waited] = 100 * (_cpu_wait_seconds(program.pid) - waits_before) / (time.monotonic() - began)
         if of_gateway:
             after = site.counters()
             values[errors] = site.beside.udp_buffer_errors() - errors_before
@@ -92,7 +96,7 @@ def tcp(site: Site, program: Program, *, streams: int, direction: str) -> Measur
                 values[segments] = grown("udp_tx_packets") / grown("udp_tx_calls")
         return values
 
-    names = [throughput, *([cost] if with_cost else []), *counted]
+    names = [throughput, *([cost, waited] if with_cost else []), *counted]
     return Measurement(f"TCP, {streams} {'stream' if streams == 1 else 'streams'}", names, run, streams == 1)
 
 
@@ -276,8 +280,20 @@ def _p99(values: list[float]) -> float:
 
 def _cpu_seconds(pid: int) -> float:
     """Exact to the nanosecond, of all threads that live."""
-    stats = Path(f"/proc/{pid}/task").glob("*/schedstat")
-    return sum(int(stat.read_text().split()[0]) for stat in stats) / 1e9
+    return _schedstat(pid, 0)
+
+
+def _cpu_wait_seconds(pid: int | None) -> float:
+    """How long its threads were ready to run and had no core, all together."""
+    return 0.0 if pid is None else _schedstat(pid, 1)
+
+
+def _schedstat(pid: int, field_number: int) -> float:
+    total = 0
+    for stat in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError):  # a thread that has just ended
+            total += int(stat.read_text().split()[field_number])
+    return total / 1e9
 
 
 def _authorizations(entries: Sequence[Mapping[str, Any]], first: int) -> list[float]:
