@@ -198,3 +198,12 @@ def test_the_deadline_is_the_soonest_of_all_parts_and_moves():
         assert deadline != previous
         previous = deadline
         w.net.run(deadline.at - w.net.now)
+
+
+def test_a_deadline_that_does_not_move_after_it_fired_is_an_error(monkeypatch):
+    """The contract of all timers; every world checks it after every timer that fires."""
+    w = world().start()
+    w.connect()
+    monkeypatch.setattr(type(w.connection), "handle_timeout", lambda connection, now: None)
+    with pytest.raises(AssertionError, match=r"deadline does not move: Deadline\(at=.*, reason='ice check'\)"):
+        w.net.run(60.0)
