@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import signal
 import socket
 import time
@@ -17,7 +19,7 @@ from virtual_client import ACKNOWLEDGED, invite
 from tests.lab import stun
 from tests.lab.namespaces import Nat
 from tests.lab.process import wait_until
-from tests.lab.scenario import TUN, Lab
+from tests.lab.scenario import DNS_RESOURCE_ADDRESSES, NAME_SERVER, RESOURCE_ADDRESSES, TUN, Lab
 
 pytestmark = [
     pytest.mark.needs("root", "ip", "nft", "setpriv", "unshare", "curl", "tun"),
@@ -58,13 +60,15 @@ def upgrades(lab, *, since=0):
 # --- start and end ---
 
 
-@pytest.mark.spec("PORTAL-39")
+@pytest.mark.spec("PORTAL-39", "TUNNEL-100")
 def test_a_terminated_gateway_says_goodbye_to_everybody_and_leaves_nothing_behind():
-    with Lab(start_gateway=False) as lab:
+    with Lab(start_gateway=False, clients=2, gateway_environment={"FIREZONE_FLOW_LOGS": "true"}) as lab:
         clean = host_state(lab)
         lab.start_gateway()
-        lab.start_client(0)
+        for number in range(2):
+            lab.start_client(number)
         client_goes_through(lab)
+        assert lab.clients[1].curl(WEB, timeout=10).ok
         assert host_state(lab) != clean
         place = lab.client.namespace
         place.run("sh", "-c", f"curl -s -o /dev/null '{LONG_DOWNLOAD}' >/dev/null 2>&1 &")
@@ -79,9 +83,11 @@ def test_a_terminated_gateway_says_goodbye_to_everybody_and_leaves_nothing_behin
         assert time.monotonic() - begin < 2
         closed = lab.portal.wait_for(since=mark, direction="closed", kind="gateway")
         assert closed["reason"] == [1000, ""]
-        wait_until(
-            lambda: "goodbye" in {entry["what"] for entry in lab.client.log()}, timeout=2, what="the client hears it"
-        )
+        for client in lab.clients:
+            heard = lambda client=client: "goodbye" in {entry["what"] for entry in client.log()}
+            wait_until(heard, timeout=2, what=f"{client.name} hears it")
+        record = r"flow_logs: TCP flow completed .*inner_dst_ip=172\.21\.0\.101"
+        assert len(re.findall(record, process.log_text())) == 1
         for relay in lab.relays:
             gateway = {lab.places["gateway"].public_ipv4, lab.places["gateway"].public_ipv6}
             wait_until(
@@ -117,6 +123,32 @@ def _without_flags(state):
     """A device of the same name is another device."""
     links = [line.split()[:2] for line in state["ip -br link"]]
     return state | {"ip -br link": [(name.partition("@")[0], status) for name, status in links]}
+
+
+@pytest.mark.spec("OPS-43")
+def test_nothing_is_said_to_strangers():
+    with Lab(start_gateway=False) as lab:
+        gateway, client, portal = (lab.places[name] for name in ("gateway", "client1", "portal"))
+        known = {getattr(place, name) for place in (client, portal) for name in ("public_ipv4", "public_ipv6")}
+        known |= {client.ipv4, client.ipv6, NAME_SERVER}
+        known |= {address for relay in lab.relays for address in (relay.ipv4, relay.ipv6)}
+        resources = {interface.partition("/")[0] for interface in (*RESOURCE_ADDRESSES, *DNS_RESOURCE_ADDRESSES)}
+        with contextlib.ExitStack() as stack:
+            interfaces = ("eth0", "resources", "dns_resources")
+            captures = [stack.enter_context(Capture(gateway.namespace, interface)) for interface in interfaces]
+            lab.start_gateway()
+            lab.start_client(0)
+            client_goes_through(lab)
+            assert lab.gateway.process.stop() == 0
+        transports = {6, 17}  # the rest is the kernel's: neighbours, listeners
+        sent = {
+            str(ip_address(packet.destination))
+            for capture in captures
+            for packet in capture.packets
+            if packet.outgoing and packet.protocol in transports
+        }
+        assert sent
+        assert sent - {str(ip_address(address)) for address in known | resources} == set()
 
 
 @pytest.mark.spec("PORTAL-6", "CONN-1")
