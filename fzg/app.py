@@ -130,7 +130,7 @@ class App:
             now=now,
             flow_logs=settings.flow_logs,
         )
-        self._resolver = Resolver()
+        self._resolver = Resolver(mark=self._mark)
         if self._resolver.problem:
             _LOG.warning(self._resolver.problem)
         upstream = Upstream(mark=self._mark)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import struct
 import time
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import dns.exception
 import dns.name
+import dns.query
 import dns.rdatatype
 import dns.resolver
 import gevent
@@ -52,9 +55,10 @@ class Resolver:
         hosts: Path = HOSTS,
         nameservers: Iterable[str] = (),
         port: int = 53,
+        mark: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Explicit `nameservers` take the place of those in `resolv_conf`."""
+        """Explicit `nameservers` take the place of those in `resolv_conf`. `mark` keeps queries out of the tunnel."""
         self._resolv_conf = resolv_conf
         self._hosts_file = hosts
         self._fixed = list(nameservers)
@@ -62,6 +66,8 @@ class Resolver:
         self._clock = clock
         self._cache = dns.resolver.LRUCache(CACHE_ENTRIES)
         self._resolver = dns.resolver.Resolver(configure=False)
+        if mark is not None:
+            dns.query.socket_factory = _marked(mark)  # the one way dnspython offers, and for the whole process
         self._hosts: dict[str, list[Address]] = {}
         self._checked_at = float("-inf")
         self._seen: dict[Path, tuple[int, ...] | None] = {}
@@ -162,6 +168,21 @@ class Resolver:
         self._cache.flush()
         resolver.cache = self._cache
         self._resolver = resolver
+
+
+def _marked(mark: int) -> Callable[[int, int, int], socket.socket]:
+    value = struct.pack("=I", mark)  # it exceeds a C int
+
+    def factory(family: int, kind: int, protocol: int) -> socket.socket:
+        made = socket.socket(family, kind, protocol)
+        try:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, value)
+        except OSError:
+            made.close()
+            raise
+        return made
+
+    return factory
 
 
 def _absolute(domain: str) -> dns.name.Name | None:

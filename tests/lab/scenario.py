@@ -71,7 +71,7 @@ class Scenario:
     """Put before the command, inside the namespace: `setpriv …`, `taskset …`."""
     gateway_environment: Mapping[str, str] = field(default_factory=dict)
     gateway_id: str | None = "lab-gateway"
-    """FIREZONE_ID; None gives the gateway a private /var/lib to keep one in."""
+    """FIREZONE_ID; with None the gateway makes one and keeps it in its /var/lib, which is the lab's."""
     client_environment: Mapping[str, str] = field(default_factory=dict)
     start_gateway: bool = True
     start_clients: bool = True
@@ -375,10 +375,9 @@ class Lab:
         }
         if scenario.gateway_id is not None:
             environment["FIREZONE_ID"] = scenario.gateway_id
-        else:
-            state = self.directory / "gateway-var-lib"
-            state.mkdir(exist_ok=True)
-            place.namespace.bind("/var/lib", state)
+        state = self.directory / "gateway-var-lib"
+        state.mkdir(exist_ok=True)
+        place.namespace.bind("/var/lib", state)
         if self.portal.ca_file is not None:
             environment["SSL_CERT_FILE"] = str(self.portal.ca_file)
         command = [*scenario.gateway_wrapper, *scenario.gateway_command]

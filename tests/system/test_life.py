@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import json
 import re
 import signal
 import socket
@@ -356,3 +358,75 @@ def test_data_leaves_from_the_address_that_the_peer_contacted(multi_homed):
     assert {p.source for p in data if not p.outgoing} == {"203.0.113.41"}
     assert {p.destination for p in data if p.outgoing} == {"203.0.113.41"}
     assert lab.warnings() == []
+
+
+MARKS = """
+table inet marks {
+    set marked4 { type ipv4_addr . inet_service; flags dynamic; size 1000; }
+    set marked6 { type ipv6_addr . inet_service; flags dynamic; size 1000; }
+    set unmarked4 { type ipv4_addr . inet_service; flags dynamic; size 1000; }
+    set unmarked6 { type ipv6_addr . inet_service; flags dynamic; size 1000; }
+    chain output {
+        type filter hook output priority 0
+        oifname "tun-firezone" accept
+        oifname "lo" accept
+        meta l4proto != { tcp, udp } accept
+        meta mark 0xfd002021 add @marked4 { ip daddr . th dport } accept
+        meta mark 0xfd002021 add @marked6 { ip6 daddr . th dport } accept
+        add @unmarked4 { ip daddr . th dport }
+        add @unmarked6 { ip6 daddr . th dport }
+    }
+}
+"""
+ASK_GATEWAY = """
+import dns.message, dns.query, sys
+dns.query.udp(dns.message.make_query("web.test", "A"), sys.argv[1], port=53535, timeout=5)
+"""
+
+
+@pytest.mark.spec("TUNNEL-87")
+def test_whatever_the_gateway_sends_of_its_own_carries_the_mark_that_keeps_it_out_of_the_tunnel():
+    with Lab(start_gateway=False) as lab:
+        host, portal = lab.places["gateway"].namespace, lab.places["portal"]
+        host.nft(MARKS)
+        lab.start_gateway()
+        lab.start_client(0)
+        client_goes_through(lab)
+        lab.client.namespace.python(ASK_GATEWAY, lab.gateway.tunnel_ipv4)
+        collector = 443  # nobody listens there
+        init = lab.portal.entries(kind="gateway", direction="out", event="init")[-1]["payload"]
+        uploads = {
+            "api_url": f"https://{portal.public_ipv4}/",
+            "upload_interval_secs": 1,
+            "upload_batch_size": 10,
+        }
+        del init["authorizations"]
+        lab.portal.push(kind="gateway", event="init", payload=init | {"flow_logs": uploads})
+        granted = lab.portal.entries(event="create_authorization")[0]["payload"]
+        token = granted["flow_logs_ingest_token"]
+        lab.portal.authorize(
+            resource=granted["resource"]["id"],
+            client_id=granted["client"]["id"],
+            changes={"flow_logs_ingest_token": with_uploads(token)},
+        )
+        assert lab.client.curl(WEB).ok
+        gone = lambda: f"{portal.public_ipv4} . {collector}" in in_set(host, "marked4")
+        wait_until(gone, timeout=15, what="an upload is tried")
+        marked = in_set(host, "marked4") + in_set(host, "marked6")
+        addresses = (*(f"{relay.ipv4} . 3478" for relay in lab.relays), f"{portal.public_ipv4} . 8081")
+        for destination in (*addresses, f"{NAME_SERVER} . 53"):
+            assert destination in marked
+        assert re.search(r"203:0:113::30 . \d+", marked)
+        assert "elements" not in in_set(host, "unmarked4") + in_set(host, "unmarked6")
+
+
+def in_set(host, name):
+    return host.run("nft", "list", "set", "inet", "marks", name).stdout
+
+
+def with_uploads(token):
+    """The same claims with uploads; gateways cannot check signatures."""
+    head, body, signature = token.split(".")
+    claims = json.loads(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))
+    claims["uploads_enabled"] = True
+    return ".".join((head, base64.urlsafe_b64encode(json.dumps(claims).encode()).decode().rstrip("="), signature))
