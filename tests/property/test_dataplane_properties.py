@@ -54,6 +54,7 @@ addresses = st.sampled_from([
         st.one_of(st.integers(0, 300), st.integers(8000, 8500), st.integers(16_300, 16_600), st.integers(0, 2**64 - 1))
     )
 )
+@settings(deadline=None)
 def test_the_replay_window_is_a_set_of_the_last_8192_counters(counters: list[int]) -> None:
     window, seen, following = ReplayWindow(), set(), 0
     for counter in counters:
@@ -66,7 +67,7 @@ def test_the_replay_window_is_a_set_of_the_last_8192_counters(counters: list[int
 
 
 @given(st.integers(0, 2**31), st.integers(1, 400))
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 def test_the_replay_window_agrees_on_long_disordered_streams(seed: int, spread: int) -> None:
     generator = random.Random(seed)
     window, seen, following, base = ReplayWindow(), set(), 0, 0
@@ -115,6 +116,7 @@ def test_an_engine_accepts_what_a_set_of_the_last_8192_counters_does(seed: int, 
         max_size=200,
     )
 )
+@settings(deadline=None)
 def test_batches_keep_the_order_of_each_destination_and_the_kernels_limits(
     datagrams: list[tuple[int, bytes | None, int, int]],
 ) -> None:
@@ -149,6 +151,7 @@ segment = st.tuples(
 
 
 @given(addresses, st.lists(segment, max_size=40))
+@settings(deadline=None)
 def test_what_is_coalesced_and_split_again_is_what_was_queued_per_connection(
     fields: dict[str, bytes], segments: list[tuple[int, int, int, int, bool]]
 ) -> None:
@@ -191,7 +194,7 @@ def _without_id(packet: bytes) -> bytes:
     st.integers(0, 0xFFFF),
     st.booleans(),
 )
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 def test_no_read_from_the_tun_raises(
     packet: bytes, gso_type: int, size: int, start: int, offset: int, resembles_ip: bool
 ) -> None:
@@ -206,7 +209,7 @@ def test_no_read_from_the_tun_raises(
 
 
 @given(st.binary(max_size=80), st.booleans())
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 def test_a_flow_key_is_given_only_for_packets_that_the_policy_would_parse(data: bytes, repair: bool) -> None:
     packet = bytearray(data)
     if repair and len(packet) >= 40:
@@ -243,6 +246,7 @@ transports = st.sampled_from(
     st.booleans(),
     st.booleans(),
 )
+@settings(deadline=None)
 def test_a_flow_translates_as_the_policy_does(
     make, fields: dict[str, bytes], payload: bytes, new: bytes, port: int, inbound: bool, broken: bool
 ) -> None:
@@ -264,6 +268,7 @@ def test_a_flow_translates_as_the_policy_does(
 
 
 @given(st.binary(max_size=1400), st.integers(0, 3), st.sampled_from([CLIENT, Endpoint(bytes((203, 0, 113, 3)), 3478)]))
+@settings(deadline=None)
 def test_no_datagram_raises_and_none_vanishes_unless_it_is_ours(data: bytes, shape: int, source: Endpoint) -> None:
     engine = World.engine()
     engine.add_session(1, 7, 8, receive_key=bytes(32), send_key=bytes(32), now=1.0)
@@ -279,7 +284,7 @@ def test_no_datagram_raises_and_none_vanishes_unless_it_is_ours(data: bytes, sha
 
 
 @given(st.lists(st.tuples(st.integers(1, 1280), st.booleans()), min_size=1, max_size=30), st.integers(0, 2**31))
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 def test_two_engines_exchange_any_packets_in_any_order(sizes: list[tuple[int, bool]], seed: int) -> None:
     world = World()
     packets = [udp(bytes(size), sport=number)[: size + 28] for number, (size, _) in enumerate(sizes) if size <= 1252]
