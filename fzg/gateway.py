@@ -193,7 +193,7 @@ class Gateway:
         self.node.note_activity(client_id, now)
         match self.tunnel.handle_inner_packet(client_id, packet, ecn, now, path):
             case Forward(packet=forwarded, flow=flow):
-                self.engine.write_tun(forwarded)
+                self.engine.write_tun(forwarded, peer)
                 self._install(peer, flow, inbound=True)
             case Reply(packet=reply):
                 self._send(client_id, reply, now)
@@ -207,7 +207,7 @@ class Gateway:
         """A packet from the TUN without a flow (tunnel 4)."""
         match self.tunnel.handle_tun_packet(packet, now):
             case Deliver(client_id=client_id, packet=delivered, flow=flow, tally=tally):
-                if self._send(client_id, delivered, now):
+                if self._send(client_id, delivered, now, revocable=True):
                     if tally is not None:
                         self.tunnel.handle_delivered(tally, now)
                     self._install(self._handles[client_id], flow, inbound=False)
@@ -393,8 +393,8 @@ class Gateway:
             self._authorize(message, now, wait=False)
         return bool(due)
 
-    def _send(self, client_id: str, packet: bytes, now: float) -> bool:
-        reason = self.node.send(client_id, packet, now)
+    def _send(self, client_id: str, packet: bytes, now: float, *, revocable: bool = False) -> bool:
+        reason = self.node.send(client_id, packet, now, revocable=revocable)
         if reason is not None:
             self.counters[f"to client: {reason}"] += 1
         return reason is None

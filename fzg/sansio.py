@@ -44,12 +44,16 @@ class EcnCodepoint:
 
 @dataclass(frozen=True, slots=True)
 class Transmit:
-    """One UDP datagram to send. `source` is the packed local IP, or None where the kernel picks it (relays)."""
+    """One UDP datagram to send. `source` is the packed local IP, or None where the kernel picks it (relays).
+
+    `peer`: the engine's handle of the client whose forwarded data it is, so that `revoke` can take it back.
+    """
 
     destination: Endpoint
     payload: bytes
     source: bytes | None = None
     ecn: int = EcnCodepoint.NOT_ECT
+    peer: int | None = None
 
 
 def earliest(*deadlines: Deadline | None) -> Deadline | None:

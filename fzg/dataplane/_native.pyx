@@ -363,12 +363,15 @@ cdef class NativeEngine:
         """See `Engine`."""
         return engine_has_backlog(self._engine, family is None)
 
-    def write_tun(self, packet):
+    def write_tun(self, packet, peer=None):
         """See `Engine`."""
         cdef bytes octets = bytes(packet)
         if PyBytes_GET_SIZE(octets) > MTU:
             raise ValueError("a packet above the MTU")
-        engine_write_tun(self._engine, <const uint8_t *>PyBytes_AS_STRING(octets), <uint32_t>PyBytes_GET_SIZE(octets))
+        engine_write_tun(
+            self._engine, <const uint8_t *>PyBytes_AS_STRING(octets), <uint32_t>PyBytes_GET_SIZE(octets),
+            CORE if peer is None else peer,
+        )
 
     def transmit(self, transmit):
         """See `Engine`."""
@@ -386,6 +389,7 @@ cdef class NativeEngine:
         engine_transmit(
             self._engine, &destination, from_ip, transmit.ecn,
             <const uint8_t *>PyBytes_AS_STRING(payload), <uint32_t>PyBytes_GET_SIZE(payload),
+            CORE if transmit.peer is None else transmit.peer,
         )
 
     def flush(self):

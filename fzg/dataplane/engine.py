@@ -167,7 +167,10 @@ class Engine(Protocol):
         """
 
     def revoke(self, peer: int) -> None:
-        """Void all flow entries of the peer. On return no packet checked under them can still be written."""
+        """Void all flow entries of the peer and take back what is queued for it, by the engine or by the core.
+
+        On return no packet that passed the policy earlier can still be written.
+        """
 
     def sweep(self, now: float) -> Sequence[FlowReport]:
         """Reports of all entries that carried packets since their last report; drops entries that lapsed."""
@@ -189,8 +192,8 @@ class Engine(Protocol):
     def handle_packet(self, packet: bytes, now: float) -> Sequence[Item]:
         """What `receive_tun` does with one packet, from memory."""
 
-    def write_tun(self, packet: bytes) -> None:
-        """Queue an inner packet that the policy forwarded."""
+    def write_tun(self, packet: bytes, peer: int | None = None) -> None:
+        """Queue an inner packet that the policy forwarded for `peer`, from whom `revoke` takes it back."""
 
     def transmit(self, transmit: Transmit) -> None:
         """Queue a datagram of the core: STUN, TURN, handshakes, sealed packets."""

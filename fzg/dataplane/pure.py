@@ -298,12 +298,12 @@ class PureEngine:
             self._counters["drop_tun_malformed"] += 1
         return turn.items
 
-    def write_tun(self, packet: bytes) -> None:
+    def write_tun(self, packet: bytes, peer: int | None = None) -> None:
         """See `Engine`."""
         if self._tun is None:
             self._counters["drop_tun_not_attached"] += 1
             return
-        self._tun.queue(packet, flow_key(packet, 0, len(packet)), CORE)
+        self._tun.queue(packet, flow_key(packet, 0, len(packet)), CORE if peer is None else peer)
 
     def transmit(self, transmit: Transmit) -> None:
         """See `Engine`."""
@@ -316,7 +316,7 @@ class PureEngine:
             source=transmit.source,
             destination=transmit.destination,
             ecn=transmit.ecn,
-            owner=CORE,
+            owner=CORE if transmit.peer is None else transmit.peer,
         )
 
     def flush(self) -> bool:

@@ -196,7 +196,7 @@ class Connection:
         if self.path is not None and self.path.relayed:
             self._install_path(now)
 
-    def send(self, packet: bytes, now: float) -> str | None:
+    def send(self, packet: bytes, now: float, *, revocable: bool = False) -> str | None:
         """Encrypt one inner packet, its ECN copied outside; returns why it was dropped, or None (2.8)."""
         if self.path is None:
             return "still connecting"
@@ -204,7 +204,7 @@ class Connection:
         if datagram is None:
             return "no WireGuard session"
         self.note_activity(now)
-        if not self._transmit(datagram, now, ip.ecn_of(packet)):
+        if not self._transmit(datagram, now, ip.ecn_of(packet), self.handle if revocable else None):
             return NO_CHANNEL
         return None
 
@@ -359,17 +359,23 @@ class Connection:
         else:
             self._engine.set_path(self.handle, None, route.relay, route.channel)
 
-    def _transmit(self, datagram: bytes, now: float, ecn: int = EcnCodepoint.NOT_ECT) -> bool:
+    def _transmit(self, datagram: bytes, now: float, ecn: int = EcnCodepoint.NOT_ECT, peer: int | None = None) -> bool:
         path = self.path
         if path is None:
             return False
         if path.relayed:
-            return self._transmit_relayed(datagram, path.destination, now, Use.DATA, ecn)
-        self._out.append(Transmit(path.destination, datagram, path.source.ip, ecn))
+            return self._transmit_relayed(datagram, path.destination, now, Use.DATA, ecn, peer)
+        self._out.append(Transmit(path.destination, datagram, path.source.ip, ecn, peer))
         return True
 
-    def _transmit_relayed(
-        self, datagram: bytes, destination: Endpoint, now: float, use: Use, ecn: int = EcnCodepoint.NOT_ECT
+    def _transmit_relayed(  # noqa: PLR0917 - the arguments of `_transmit`
+        self,
+        datagram: bytes,
+        destination: Endpoint,
+        now: float,
+        use: Use,
+        ecn: int = EcnCodepoint.NOT_ECT,
+        peer: int | None = None,
     ) -> bool:
         """Without a channel the datagram is lost and a bind starts (4.2), so the sender's next try works."""
         if self.relay_id is None:
@@ -377,7 +383,7 @@ class Connection:
         route = self._relays.route(self.relay_id, destination, now, use=use)
         if route is None:
             return False
-        self._out.append(Transmit(route.relay, channel_data.encode(route.channel, datagram), None, ecn))
+        self._out.append(Transmit(route.relay, channel_data.encode(route.channel, datagram), None, ecn, peer))
         return True
 
     def _fail(self, failure: Failure) -> None:

@@ -230,13 +230,16 @@ class Node:
             connection.note_activity(now)
             self._settle(connection, now)
 
-    def send(self, client_id: str, packet: bytes, now: float) -> str | None:
-        """Send one inner packet to the client; returns the reason when it was dropped."""
+    def send(self, client_id: str, packet: bytes, now: float, *, revocable: bool = False) -> str | None:
+        """Send one inner packet to the client; returns the reason when it was dropped.
+
+        `revocable`: forwarded data, which the engine takes back when the client's access changes while it waits.
+        """
         connection = self._connections.get(client_id)
         if connection is None:
             return "not connected"
         was_idle = connection.state is ConnectionState.IDLE
-        reason = connection.send(packet, now)
+        reason = connection.send(packet, now, revocable=revocable)
         if was_idle or reason == NO_CHANNEL:
             self._settle(connection, now)
         else:

@@ -187,14 +187,15 @@ class Client:
         self._next_expiry -= delta
         return True
 
-    def expire(self, now: float) -> None:
-        """Withdraw the grants that have ended."""
+    def expire(self, now: float) -> bool:
+        """Withdraw the grants that have ended; False if there were none."""
         if now < self._next_expiry:
-            return
+            return False
         ended = [key for key, authorization in self._authorizations.items() if authorization.expires <= now]
         for resource_id in ended:
             self.remove(resource_id)
         self._next_expiry = min((each.expires for each in self._authorizations.values()), default=inf)
+        return bool(ended)
 
     def restarts_numbering(self, domain: str, proxy_ips: Collection[bytes]) -> Sequence[Entry] | None:
         """If an IP stands for another name: forget all proxy IPs and sessions, and give the sessions (spec 7.3, 1)."""

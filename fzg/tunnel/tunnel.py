@@ -330,10 +330,13 @@ class Tunnel:
         budget = SWEEP_BUDGET
         for client in list(self._clients.values()):
             budget -= self._sweep(client, now, budget)
-            client.expire(now)
+            ended = client.expire(now)
             if client.is_empty:
                 self._remove(client)
                 self._events.append(ClientEmpty(client.id))
+            elif ended:
+                # No flow outlives its grant; but packets that passed may still be queued.
+                self._events.append(Revoked(client.id))
         self._next_tick = now + (HOUSEKEEPING_INTERVAL if budget else SWEEP_PAUSE)
 
     def poll_timeout(self) -> Deadline | None:

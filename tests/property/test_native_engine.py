@@ -404,8 +404,8 @@ class Pair:
 
     def write(self) -> None:
         for _ in range(self.random.randrange(1, 8)):
-            packet = self.packet()
-            self.both(lambda side: side.engine.write_tun(packet))
+            packet, peer = self.packet(), self.random.choice((None, *PEERS))
+            self.both(lambda side: side.engine.write_tun(packet, peer))
 
     def stream(self) -> None:
         """Consecutive equal packets of one connection, which is where merging happens."""
@@ -448,7 +448,8 @@ class Pair:
         destination = self.random.choice(CLIENTS)
         source = self.random.choice((None, GATEWAY.ip if destination.is_ipv4 else GATEWAY6.ip))
         for size in self.random.choices((20, 100, 100, 100, 1316), k=self.random.randrange(1, 70)):
-            datagram = Transmit(destination, self.random.randbytes(size), source, self.random.choice((0, 0, 0, 0, 2)))
+            ecn, peer = self.random.choice((0, 0, 0, 0, 2)), self.random.choice((None, None, None, *PEERS))
+            datagram = Transmit(destination, self.random.randbytes(size), source, ecn, peer)
             self.both(lambda side: side.engine.transmit(datagram))
 
     def flush(self) -> None:

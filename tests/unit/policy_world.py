@@ -109,13 +109,13 @@ class BareNode:
         self.engine.set_path(handle, GATEWAY.ip, endpoint, None)
         return False
 
-    def send(self, client_id: str, packet: bytes, now: float) -> str | None:
+    def send(self, client_id: str, packet: bytes, now: float, *, revocable: bool = False) -> str | None:
         line = self.lines.get(client_id)
         if line is None:
             return "not connected"
         payload = self.engine.seal(line.handle, packet, now)
         ecn = packet[1] & 3 if packet[0] >> 4 == 4 else packet[1] >> 4 & 3
-        self.out.append(Transmit(line.endpoint, payload, GATEWAY.ip, ecn))
+        self.out.append(Transmit(line.endpoint, payload, GATEWAY.ip, ecn, line.handle if revocable else None))
         return None
 
     def close(self, client_id: str, now: float) -> None:

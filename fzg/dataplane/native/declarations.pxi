@@ -266,9 +266,11 @@ cdef extern from "engine.h" nogil:
     void engine_handle_datagram(engine *used, const arrival *datagram, double now)
     void engine_handle_packet(engine *used, const uint8_t *packet, uint32_t length, double now)
     void engine_end_turn(engine *used)
-    void engine_write_tun(engine *used, const uint8_t *packet, uint32_t length)
+    int64_t CORE
+    void engine_write_tun(engine *used, const uint8_t *packet, uint32_t length, int64_t owner)
     void engine_transmit(
-        engine *used, const endpoint *destination, const uint8_t *source, uint8_t ecn, const uint8_t *octets, uint32_t size
+        engine *used, const endpoint *destination, const uint8_t *source, uint8_t ecn, const uint8_t *octets, uint32_t size,
+        int64_t owner
     )
     bint engine_seal(
         engine *used, engine_peer *owner, const uint8_t *packet, uint32_t size, double now, uint8_t *message

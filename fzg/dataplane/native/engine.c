@@ -657,7 +657,7 @@ void engine_handle_packet(struct engine *engine, const uint8_t *packet, uint32_t
 
 /* -- for the core. */
 
-void engine_write_tun(struct engine *engine, const uint8_t *packet, uint32_t length)
+void engine_write_tun(struct engine *engine, const uint8_t *packet, uint32_t length, int64_t owner)
 {
     struct flow_key key;
     if (!engine->tun.attached) {
@@ -671,18 +671,18 @@ void engine_write_tun(struct engine *engine, const uint8_t *packet, uint32_t len
     }
     memcpy(octets, packet, length);
     bool has_key = packet_key(packet, length, &key);
-    tun_queue(&engine->tun, length, has_key ? &key : NULL, has_key ? key_hash(&engine->state.seed, &key) : 0, CORE);
+    tun_queue(&engine->tun, length, has_key ? &key : NULL, has_key ? key_hash(&engine->state.seed, &key) : 0, owner);
 }
 
 void engine_transmit(struct engine *engine, const struct endpoint *destination, const uint8_t *source, uint8_t ecn,
-                     const uint8_t *octets, uint32_t size)
+                     const uint8_t *octets, uint32_t size, int64_t owner)
 {
     struct udp_port *port = engine_udp(engine, destination->size == 4);
     if (!port->attached) {
         engine->counters.drop_udp_no_socket++;
         return;
     }
-    if (!udp_has_room(port, CORE))
+    if (!udp_has_room(port, owner))
         return;
     uint8_t *room = udp_reserve(port, size);
     if (!room) {
@@ -695,7 +695,7 @@ void engine_transmit(struct engine *engine, const struct endpoint *destination, 
         .hash = endpoint_hash(&engine->state.seed, destination),
         .source = source,
         .ecn = ecn,
-        .owner = CORE,
+        .owner = owner,
     };
     udp_queue(port, size, &route);
 }

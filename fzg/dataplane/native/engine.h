@@ -94,9 +94,10 @@ static inline bool engine_has_backlog(const struct engine *engine, bool from_tun
     return !backlog_is_empty(from_tun ? &engine->from_tun : &engine->from_udp);
 }
 
-void engine_write_tun(struct engine *engine, const uint8_t *packet, uint32_t length);
+/* What the core lets out; `owner`: the peer whose forwarded data it is, or CORE. */
+void engine_write_tun(struct engine *engine, const uint8_t *packet, uint32_t length, int64_t owner);
 void engine_transmit(struct engine *engine, const struct endpoint *destination, const uint8_t *source, uint8_t ecn,
-                     const uint8_t *octets, uint32_t size);
+                     const uint8_t *octets, uint32_t size, int64_t owner);
 /* One data message for the core to send: `size` bytes and `DATA_OVERHEAD` more; false without a usable session. */
 bool engine_seal(struct engine *engine, struct peer *peer, const uint8_t *packet, uint32_t size, double now,
                  uint8_t *message);
