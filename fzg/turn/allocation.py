@@ -7,7 +7,7 @@ from enum import Enum
 from math import inf
 from typing import TYPE_CHECKING, Final, assert_never
 
-from fzg.sansio import Deadline, Transmit, earliest
+from fzg.sansio import Deadline, Transmit
 from fzg.turn.authentication import Authentication, Challenge, Integrity
 from fzg.turn.channels import (
     BUFFERED_PEERS,
@@ -279,25 +279,25 @@ class Allocation:
     # -- time
 
     def poll_timeout(self) -> Deadline | None:
-        """When `handle_timeout` is due."""
-        deadlines = [_deadline(self._transactions.soonest(), "turn retransmission")]
+        """When `handle_timeout` is due. Asked after every datagram of the gateway, so it makes no more than one object."""
+        at, reason = self._transactions.soonest(), "turn retransmission"
         match self.state:
             case State.ALLOCATING:
-                deadlines.append(_deadline(self._allocate_at, "turn allocate"))
+                at, reason = _sooner(at, reason, self._allocate_at, "turn allocate")
             case State.SUSPENDED:
-                deadlines.append(_deadline(self._retry_at, "turn retry"))
+                at, reason = _sooner(at, reason, self._retry_at, "turn retry")
             case State.ACTIVE:
-                deadlines.append(_deadline(self._expires_at, "turn expiry"))
-                deadlines.append(_deadline(self._channels.soonest(), "turn channel"))
+                at, reason = _sooner(at, reason, self._expires_at, "turn expiry")
+                at, reason = _sooner(at, reason, self._channels.soonest(), "turn channel")
                 if not self._transactions.in_flight(Purpose.REFRESH):
-                    deadlines.append(_deadline(self._refresh_at, "turn refresh"))
+                    at, reason = _sooner(at, reason, self._refresh_at, "turn refresh")
                 if not self._transactions.in_flight(Purpose.BINDING):
-                    deadlines.append(Deadline(self._keep_alive_at(), "turn keep-alive"))
+                    at, reason = _sooner(at, reason, self._keep_alive_at(), "turn keep-alive")
             case State.PROBING | State.DEAD:
                 pass
             case unreachable:
                 assert_never(unreachable)
-        return earliest(*deadlines)
+        return None if at is None else Deadline(at, reason)
 
     def handle_timeout(self, now: float) -> None:
         """Do everything that is due."""
@@ -736,8 +736,8 @@ class Allocation:
         self._outbox.counters[reason] += 1
 
 
-def _deadline(at: float | None, reason: str) -> Deadline | None:
-    return None if at is None else Deadline(at, reason)
+def _sooner(at: float | None, reason: str, other: float | None, other_reason: str) -> tuple[float | None, str]:
+    return (other, other_reason) if other is not None and (at is None or other < at) else (at, reason)
 
 
 def _is_stun(payload: bytes) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from enum import Enum
+from enum import IntEnum
 from typing import TYPE_CHECKING, Final
 
 from fzg.turn.schedule import Schedule
@@ -21,7 +21,7 @@ SINGLE_SHOT: Final = (1.0,)
 """The forced probe of a relay that an update did not list."""
 
 
-class Purpose(Enum):
+class Purpose(IntEnum):
     """What a request is for."""
 
     BINDING = Method.BINDING

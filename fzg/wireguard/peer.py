@@ -24,6 +24,7 @@ from fzg.wireguard.sessions import SessionRing
 from fzg.wireguard.timers import (
     EXPIRE_WITHOUT_HANDSHAKE,
     ICE,
+    LOOK_GRID,
     MAX_JITTER,
     REKEY_AFTER_TIME,
     REKEY_LOOK_INTERVAL,
@@ -318,7 +319,7 @@ class Peer:
         """The latest time at which no deadline caused by packets from now on can have passed yet."""
         if next(iter(self._sessions), None) is None:
             return None
-        at = now + self._timing.keepalive_timeout
+        at = (now + self._timing.keepalive_timeout) // LOOK_GRID * LOOK_GRID
         current = self._sessions.current
         if current is not None and current.initiator and current.sends:
             at = min(at, self._rekey_look(current, now))

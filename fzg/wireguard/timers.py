@@ -17,6 +17,8 @@ AGE_STEP = 0.001
 # Nothing that was unanswered when we looked can be due earlier than a keepalive timeout from then; so a look per
 # such time suffices. Only "rekey once data was sent" has no such notice: it is looked for twice as often.
 REKEY_LOOK_INTERVAL = 5.0
+# Looks may as well come a little early: on a grid, those of many idle peers share their passes.
+LOOK_GRID = 0.2
 
 
 @dataclass(frozen=True, slots=True)
