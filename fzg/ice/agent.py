@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter, deque
+from collections import Counter
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Final
@@ -133,8 +133,8 @@ class Agent:
         self._silent_at: float | None = None  # when the best nominated pair has to be judged again
         self._path: Nominated | None = None
         self._warned_of_pairs = False
-        self._transmits: deque[Check] = deque()
-        self._events: deque[Event] = deque()
+        self._transmits: list[Check] = []  # emptied after each input; an empty deque holds 600 bytes
+        self._events: list[Event] = []
         self._wake_at: float | None = now  # the first pass enters CHECKING
         self._deadline: Deadline | None = None
         self._deadline_is_known = False
@@ -257,7 +257,7 @@ class Agent:
             return
         self._timing = timing
         for pair in self._pairs.values():
-            self._forget_attempts(pair.history.set_timing(timing))
+            pair.history.set_timing(timing)
             pair.schedule(now)
         self._wake(now)
 
@@ -301,11 +301,11 @@ class Agent:
 
     def poll_transmit(self) -> Check | None:
         """The next message to send."""
-        return self._transmits.popleft() if self._transmits else None
+        return self._transmits.pop(0) if self._transmits else None
 
     def poll_event(self) -> Event | None:
         """The next change to act on."""
-        return self._events.popleft() if self._events else None
+        return self._events.pop(0) if self._events else None
 
     # Candidates and pairs
 

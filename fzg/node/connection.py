@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
@@ -126,10 +125,11 @@ class Connection:
         self._idle_timing = idle_timing
         self._relays = relays
         self._engine = engine
-        self._buffer: deque[bytes] = deque(maxlen=CONNECTING_BUFFER)
-        self._out: deque[Transmit] = deque()
-        self._requests: deque[bytes] = deque()
-        self._events: deque[ConnectionEvent] = deque()
+        # Lists: they are emptied after each input, and an empty deque holds 600 bytes.
+        self._buffer: list[bytes] = []
+        self._out: list[Transmit] = []
+        self._requests: list[bytes] = []
+        self._events: list[ConnectionEvent] = []
         self._activity = now
         self._candidate_deadline: float | None = now + CANDIDATE_TIMEOUT
         self._disconnect_deadline: float | None = None
@@ -239,7 +239,7 @@ class Connection:
                     self._disconnect_deadline = None
         while (message := self.peer.poll_transmit()) is not None:
             if self.path is None:
-                self._buffer.append(message)
+                self._buffer = [*self._buffer, message][-CONNECTING_BUFFER:]
                 continue
             if message[0] == MessageType.INITIATION and now > self._nomination_handshake_at:
                 self._doubt_relay(now)  # we begin because data went unanswered (5.4)
@@ -281,15 +281,15 @@ class Connection:
 
     def poll_transmit(self) -> Transmit | None:
         """The next datagram."""
-        return self._out.popleft() if self._out else None
+        return self._out.pop(0) if self._out else None
 
     def poll_request(self) -> bytes | None:
         """Transaction ids of checks sent since the last call, for the node's table of answers."""
-        return self._requests.popleft() if self._requests else None
+        return self._requests.pop(0) if self._requests else None
 
     def poll_event(self) -> ConnectionEvent | None:
         """What the node must know."""
-        return self._events.popleft() if self._events else None
+        return self._events.pop(0) if self._events else None
 
     # -- inside
 
@@ -333,7 +333,7 @@ class Connection:
             self._handshake_after_nomination(now)
         if old is None:
             while self._buffer:
-                self._transmit(self._buffer.popleft(), now)
+                self._transmit(self._buffer.pop(0), now)
             if self.handshake_at is not None:
                 self._events.append(Established(path))
         elif self._response is not None and now < self._response[0] + REPEATED_RESPONSE:

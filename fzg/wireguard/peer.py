@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hmac
 import logging
-from collections import Counter, deque
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -120,7 +120,7 @@ class Peer:
         self._indices = SessionIndices(connection_index)
         self._cookies = CookieJar(remote_public)
         self._sessions = SessionRing(peer=peer, engine=engine)
-        self._pending: deque[noise.PendingInitiation] = deque(maxlen=_OUTSTANDING)
+        self._pending: list[noise.PendingInitiation] = []
         self._last_received_timestamp = b""
         self._last_sent_timestamp = 0
         self._completed = now
@@ -131,8 +131,8 @@ class Peer:
         self._jitter = self._draw_jitter()
         self._closed = False
         self._deadline: Deadline | None = None
-        self._transmits: deque[bytes] = deque(maxlen=_MAX_TRANSMITS)
-        self._events: deque[Event] = deque()
+        self._transmits: list[bytes] = []  # emptied after each input; an empty deque holds 600 bytes
+        self._events: list[Event] = []
         self.dropped: Counter[str] = Counter()
         self._rearm(now)
 
@@ -233,11 +233,11 @@ class Peer:
 
     def poll_transmit(self) -> bytes | None:
         """The next handshake message or keepalive for the peer."""
-        return self._transmits.popleft() if self._transmits else None
+        return self._transmits.pop(0) if self._transmits else None
 
     def poll_event(self) -> Event | None:
         """The next event."""
-        return self._events.popleft() if self._events else None
+        return self._events.pop(0) if self._events else None
 
     def _advance(self, now: float) -> None:
         if now >= self._expiry().at:
@@ -362,17 +362,20 @@ class Peer:
         if begun is None:
             return
         initiation, pending = begun
-        self._pending.append(pending)
+        self._pending = [*self._pending, pending][-_OUTSTANDING:]
         self._send_handshake(initiation, now)
 
     def _send_handshake(self, message: Initiation | Response, now: float) -> None:
-        self._transmits.append(self._cookies.stamp(message, now))
+        self._transmit(self._cookies.stamp(message, now))
         self._engine.note_handshake(self._peer, sent=True, now=now)
 
     def _send_keepalive(self, now: float) -> None:
         datagram = self._engine.seal(self._peer, b"", now)
         if datagram is not None:
-            self._transmits.append(datagram)
+            self._transmit(datagram)
+
+    def _transmit(self, message: bytes) -> None:
+        self._transmits = [*self._transmits, message][-_MAX_TRANSMITS:]
 
     def _draw_index(self) -> int:
         """The next index, passing over those that would cost the current session before another replaces it."""
