@@ -299,8 +299,12 @@ class App:
         while True:
             hub.wait(at_once if self._engine.has_backlog(family) else watcher)
             now = clock.now()
-            self._dispatch(receive(*arguments, now), now)
-            self._drain()
+            items = receive(*arguments, now)
+            if items:
+                self._dispatch(items, now)
+                self._drain()
+            else:  # the engine settled everything, so the core has nothing to say
+                self._flush()
 
     def _receive_udp(self, family: int, now: float) -> Sequence[Item]:
         return self._engine.receive_udp(family, now)
@@ -349,13 +353,16 @@ class App:
         gateway, engine = self._gateway, self._engine
         while (transmit := gateway.poll_transmit()) is not None:
             engine.transmit(transmit)
-        if not engine.flush():
-            self._flowing.clear()
-            self._congested.set()
+        self._flush()
         self._carry_out()
         deadline = gateway.poll_timeout()
         if deadline is not None and deadline.at < self._armed_at:
             self._wake.set()
+
+    def _flush(self) -> None:
+        if not self._engine.flush():
+            self._flowing.clear()
+            self._congested.set()
 
     def _carry_out(self) -> None:
         gateway = self._gateway

@@ -145,6 +145,18 @@ def test_clients_that_share_a_train_keep_their_order(world: World):
         assert numbers == [number for number in range(200) if (OTHER if number % 3 else FLOOD) == peer]
 
 
+def test_a_long_part_of_a_train_is_kept_too(world: World):
+    world.gateway.set_channel(RELAY, 0x4005, usable=True)
+    frames = []
+    for number in range(40):
+        message = world.sealed(packet(FLOOD, number)) if number < 30 else bytes(SIZE + 64)
+        frames.append(struct.pack(">HH", 0x4005 if number < 30 else 0x4F00, len(message)) + message)
+    world.udp4.put(b"".join(frames), stride=len(frames[0]), source=RELAY)
+    items = turn(world)
+    assert [item.payload for item in items if isinstance(item, Datagram)] == frames[30:]
+    assert [number_of(item.packet) for item in items if isinstance(item, InnerPacket)] == list(range(30))
+
+
 def test_what_waits_is_decided_when_it_is_served(world: World):
     world.allow(packet(FLOOD, 0), inbound=True)
     flood(world, 30)
