@@ -136,35 +136,6 @@ def test_s9_a_download_is_one_flow_with_all_its_bytes(lab):
         assert set(outer) == {"src_ip", "src_port", "dst_ip", "dst_port", "path_activated_at"}
 
 
-def test_s15_an_aborted_download_is_counted_up_to_its_reset(lab):
-    since = position(lab)
-    lab.client.curl(
-        "http://download.httpbin/bytes?num=100000000", "-o", "/dev/null", "--limit-rate", "1M", "--max-time", "2"
-    )
-    flows = completed(lab, since)
-    assert {flow["inner_dst_ip"] for flow in flows} == {"172.21.0.101"}
-    assert sum(int(flow["rx_bytes"]) for flow in flows) >= 500_000
-
-
-def test_s16_three_downloads_of_one_address_from_one_port_are_three_flows(lab):
-    since = position(lab)
-    lab.client.namespace.sysctl(ipv4__ip_local_port_range="5555 5555")
-    sizes = {"download.httpbin": 5 * MEGABYTE, "alias.httpbin": 7 * MEGABYTE, "alias2.httpbin": 9 * MEGABYTE}
-    try:
-        with ThreadPoolExecutor(3) as pool:
-            urls = [f"http://{name}/bytes?num={size}" for name, size in sizes.items()]
-            fetched = list(pool.map(lambda url: lab.client.curl(url, "-o", "/dev/null"), urls))
-        assert all(each.ok for each in fetched), fetched
-    finally:
-        lab.client.namespace.sysctl(ipv4__ip_local_port_range="32768 60999")
-    flows = {flow["domain"]: flow for flow in completed(lab, since, 3)}
-    assert set(flows) == set(sizes)
-    assert len({flow["inner_dst_ip"] for flow in flows.values()}) == 1
-    assert len({flow["inner_src_port"] for flow in flows.values()}) == 3
-    for name, size in sizes.items():
-        assert size <= int(flows[name]["rx_bytes"]) <= size + MEGABYTE
-
-
 def test_what_was_printed_reaches_the_collector_and_leaves_the_spool(deployment, lab):
     wanted = {(flow["inner_src_port"], flow["flow_start"]) for flow in printed(lab)}
     assert wanted
@@ -186,26 +157,6 @@ def test_uploads_are_marked_so_that_no_tunnel_takes_them(lab):
     counted = lab.places["gateway"].namespace.run("nft", "list", "table", "inet", "marked").stdout
     assert re.search(r'packets [1-9]\d* bytes \d+ comment "marked"', counted)
     assert re.search(r'packets 0 bytes 0 comment "unmarked"', counted)
-
-
-def test_s17_a_download_of_a_client_that_moves_is_one_flow_with_two_outer_addresses(lab):
-    since = position(lab)
-    with ThreadPoolExecutor(1) as pool:
-        lab.client.namespace.sysctl(ipv4__tcp_rmem="4096 1000000 1000000")
-        url = f"http://download.httpbin/bytes?num={3 * MEGABYTE}"
-        job = pool.submit(lab.client.curl, url, "-o", "/dev/null", "--limit-rate", "700k", "--max-time", "40")
-        before = lab.client.status()["counters"].get("tun_tx_bytes", 0)
-        received = lambda: lab.client.status()["counters"].get("tun_tx_bytes", 0) - before
-        wait_until(lambda: received() > MEGABYTE, timeout=10, what="the download is under way")
-        lab.cut("client1")
-        lab.roam("client1")
-        lab.cut("client1", cut=False)
-        lab.client.network_reset()
-        assert job.result().ok
-    (flow,) = completed(lab, since)
-    outers = json.loads(flow["outers"])
-    assert len({(outer["src_ip"], outer["src_port"]) for outer in outers}) >= 2
-    assert int(flow["rx_bytes"]) >= 3 * MEGABYTE
 
 
 @pytest.mark.spec("TUNNEL-100")
