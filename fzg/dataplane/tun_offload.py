@@ -44,6 +44,8 @@ READ_BUFFER_SIZE = VNET_HEADER.size + MAX_PACKET
 _MAX_READ_SEGMENTS = 256  # spec tunnel 9.2
 # Spec tunnel 9.3 allows 128; kernels before 6.9 have UDP_MAX_SEGMENTS 64.
 _MAX_MERGED_DATAGRAMS = 64
+# A write has two further parts, and the kernel takes 1024 (UIO_MAXIOV).
+_MAX_MERGED_SEGMENTS = 512
 # Packets that may wait for the TUN: 100 batches of 100 (spec tunnel 9.6), at most 12.8 MB.
 _MAX_QUEUED = 10_000
 
@@ -92,7 +94,7 @@ def split(buffer: bytearray, start: int, length: int, header: VnetHeader) -> Ite
     """The packets that the super-packet at `start` stands for, complete; `Malformed` before the first one or never."""
     version = buffer[start] >> 4
     ip_header = (buffer[start] & 0x0F) * 4 if version == 4 else IPV6_HEADER
-    if length < ip_header + UDP_HEADER or ip_header < IPV4_HEADER:
+    if version not in (4, 6) or length < ip_header + UDP_HEADER or ip_header < IPV4_HEADER:
         raise Malformed("super-packet is shorter than its headers")
     protocol = buffer[start + 9] if version == 4 else buffer[start + 6]
     l4 = start + ip_header
@@ -102,7 +104,7 @@ def split(buffer: bytearray, start: int, length: int, header: VnetHeader) -> Ite
         l4_header = (buffer[l4 + 12] >> 4) * 4
         if l4_header < TCP_HEADER:
             raise Malformed("TCP data offset is out of bounds")
-    elif protocol == PROTOCOL_UDP and header.gso_type == GSO_UDP_L4 and version in (4, 6):
+    elif protocol == PROTOCOL_UDP and header.gso_type == GSO_UDP_L4:
         l4_header = UDP_HEADER
     else:
         raise Malformed(f"GSO type {header.gso_type} with IP version {version} and protocol {protocol}")
@@ -383,6 +385,8 @@ def _join(queued: _Queued, packet: Buffer) -> bool:
     )
     if not same_ip:
         return False
+    if len(queued.packets) >= (_MAX_MERGED_SEGMENTS if is_tcp else _MAX_MERGED_DATAGRAMS):
+        return False
     if is_tcp:
         flags = packet[l4 + 13]
         if (
@@ -395,8 +399,6 @@ def _join(queued: _Queued, packet: Buffer) -> bool:
             return False
         ends = bool(flags & _TCP_PSH)
     else:
-        if len(queued.packets) >= _MAX_MERGED_DATAGRAMS:
-            return False
         ends = False
     if not _has_valid_checksum(packet, key, l4):
         return False

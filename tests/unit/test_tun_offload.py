@@ -193,7 +193,9 @@ def test_ip_options_of_a_super_packet_are_kept_in_each_segment(world: World):
 
 def stream(count: int, *, size: int = 1000, start: int = 1, **fields) -> list[bytes]:
     """Consecutive segments of one connection."""
-    return [tcp(bytes((i,)) * size, seq=start + i * size & 0xFFFF_FFFF, ident=10 + i, **fields) for i in range(count)]
+    return [
+        tcp(bytes((i & 255,)) * size, seq=start + i * size & 0xFFFF_FFFF, ident=10 + i, **fields) for i in range(count)
+    ]
 
 
 def split_write(write: bytes) -> list[bytes]:
@@ -309,6 +311,14 @@ def test_a_write_has_at_most_64_datagrams_and_65535_bytes(world: World):
     assert [len(packets) for packets in write(world, small)] == [64, 1]
     large = stream(60, size=1240)
     assert [len(packets) for packets in write(world, large)] == [52, 8]
+
+
+def test_a_write_has_fewer_parts_than_the_kernel_takes(world: World):
+    for packet in stream(1100, size=1):
+        world.gateway.write_tun(packet)
+    assert [len(one) - 10 - 40 for one in world.written()] == [512, 512, 76]
+    assert world.counters["tun_tx_packets"] == 1100
+    assert "drop_tun_write_einval" not in world.counters
 
 
 @pytest.mark.parametrize(("last", "packets"), [(695, [55]), (696, [54, 1])])
