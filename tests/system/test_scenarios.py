@@ -47,6 +47,9 @@ class Flows:
 
     def __init__(self, lab):
         self._process = lab.gateway.process
+        self._from = 0
+        all_ended = lambda: len(self.records("started")) == len(self.records("completed"))
+        wait_until(all_ended, timeout=10, what="the flows of earlier tests are completed")
         self._from = len(self._process.log_text())
 
     def records(self, what):
