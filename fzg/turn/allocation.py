@@ -279,7 +279,7 @@ class Allocation:
     # -- time
 
     def poll_timeout(self) -> Deadline | None:
-        """When `handle_timeout` is due. Asked after every datagram of the gateway, so it makes no more than one object."""
+        """When `handle_timeout` is due. Asked after every datagram of the gateway: it makes one object at most."""
         at, reason = self._transactions.soonest(), "turn retransmission"
         match self.state:
             case State.ALLOCATING:
