@@ -241,10 +241,8 @@ cdef class NativeEngine:
         changed.known = True
         _read_endpoint(destination, &changed.destination)
         changed.channel = -1 if channel is None else <uint16_t>channel
-        if source is not None:
+        if source is not None and len(source) == changed.destination.size:  # else the kernel chooses
             octets = source
-            if PyBytes_GET_SIZE(octets) != changed.destination.size:
-                raise ValueError("source and destination are of different families")
             changed.has_source = True
             memcpy(changed.source, PyBytes_AS_STRING(octets), changed.destination.size)
         self._make_peer(peer).path = changed
@@ -366,8 +364,6 @@ cdef class NativeEngine:
     def write_tun(self, packet, peer=None):
         """See `Engine`."""
         cdef bytes octets = bytes(packet)
-        if PyBytes_GET_SIZE(octets) > MTU:
-            raise ValueError("a packet above the MTU")
         engine_write_tun(
             self._engine, <const uint8_t *>PyBytes_AS_STRING(octets), <uint32_t>PyBytes_GET_SIZE(octets),
             CORE if peer is None else peer,
@@ -380,12 +376,8 @@ cdef class NativeEngine:
         cdef bytes source = transmit.source
         cdef const uint8_t *from_ip = NULL
         _read_endpoint(transmit.destination, &destination)
-        if source is not None:
-            if PyBytes_GET_SIZE(source) != destination.size:
-                raise ValueError("source and destination are of different families")
+        if source is not None and PyBytes_GET_SIZE(source) == destination.size:  # else the kernel chooses
             from_ip = <const uint8_t *>PyBytes_AS_STRING(source)
-        if PyBytes_GET_SIZE(payload) > MAX_DATAGRAM:
-            raise ValueError("a datagram above the largest size")
         engine_transmit(
             self._engine, &destination, from_ip, transmit.ecn,
             <const uint8_t *>PyBytes_AS_STRING(payload), <uint32_t>PyBytes_GET_SIZE(payload),

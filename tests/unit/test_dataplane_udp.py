@@ -134,6 +134,14 @@ def test_a_call_carries_as_many_bytes_as_a_datagram_holds_and_not_one_more(
     assert fake.sizes == ([61] if surplus == 0 else [60, 1])
 
 
+def test_a_datagram_above_our_largest_size_is_the_kernels_to_judge(world: World):
+    world.udp4.refuse = lambda sent: errno.EMSGSIZE if len(sent.payloads[0]) > 1400 else 0
+    transmit(world, bytes(1317), bytes(9000), b"after")
+    assert world.gateway.flush()
+    assert world.udp4.datagrams == [bytes(1317), b"after"]
+    assert world.counters["drop_udp_send_emsgsize"] == 1
+
+
 def test_ipv6_names_source_and_codepoint_too(world: World):
     transmit(world, b"x", destination=Endpoint(SERVER6, 9), source=CLIENT6, ecn=1)
     world.gateway.flush()

@@ -171,9 +171,6 @@ cdef extern from "backlog.h" nogil:
         uint64_t dropped
 
 cdef extern from "udp_port.h" nogil:
-    enum:
-        MAX_DATAGRAM
-
     ctypedef struct udp_counters "struct udp_counters":
         uint64_t calls
         uint64_t packets

@@ -664,6 +664,10 @@ void engine_write_tun(struct engine *engine, const uint8_t *packet, uint32_t len
         engine->counters.drop_tun_not_attached++;
         return;
     }
+    if (length == 0 || length > MTU) {
+        engine->counters.drop_tun_malformed++;
+        return;
+    }
     uint8_t *octets = tun_reserve(&engine->tun, length);
     if (!octets) {
         engine->counters.drop_no_memory++;
