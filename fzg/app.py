@@ -19,9 +19,10 @@ from fzg.dataplane.engine import Datagram, FlowReport, InnerPacket, OutboundPack
 from fzg.dataplane.select import EngineUnavailableError, make_engine
 from fzg.gateway import ConfigureHost, ConfigureUploads, Gateway, KeepToken, Resolve, SendToPortal
 from fzg.host import clock, trust, tun, udp
+from fzg.host.addresses import AddressWatch, local_addresses
 from fzg.host.dns_server import DnsServer
 from fzg.host.nameservers import Nameservers, Upstream
-from fzg.host.network import HostError, HostNetwork, MasqueradeMode, Report
+from fzg.host.network import INTERFACE, HostError, HostNetwork, MasqueradeMode, Report
 from fzg.host.resolver import Resolver
 from fzg.node.node import Node
 from fzg.ops import logs
@@ -34,6 +35,7 @@ from fzg.portal.proxy import InvalidProxy, proxy_for
 from fzg.portal.websocket import Login, PortalConnection
 from fzg.tunnel.flow_record import FlowRecord
 from fzg.tunnel.tunnel import Tunnel
+from fzg.wire.endpoint import Endpoint
 from fzg.wireguard.keys import KeyPair
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
+ADDRESSES_SETTLE = 0.5  # s: an interface that comes up changes many times; IPv6 addresses are tentative for a second
 REPAIR_INTERVAL = 60.0  # s between looks at our host rules: Docker or a firewall that restarts flushes them
 LONGEST_SLEEP = 1.0  # s: a host that was suspended must catch up at once (spec README, clocks)
 RESOLVE_TIMEOUT = 10.0  # s for one name (tunnel 1.3)
@@ -172,6 +175,7 @@ class App:
         self._essential("tun", self._run_pump, self._tun_fd, self._receive_tun)
         self._essential("portal", self._portal.run)
         gevent.spawn(self._run_repair)
+        gevent.spawn(self._run_address_watch)
         if self._network is not None:
             self._nameservers.start()
 
@@ -403,6 +407,31 @@ class App:
             self._fail(FatalError(f"the TUN device cannot be configured: {logs.chain(error)}"))
             return
         self._tun_configured = True
+
+    def _list_addresses(self) -> None:
+        """Where clients may find us besides what relays see (connectivity D3); without the list all else works."""
+        ports = {opened.family: opened.port for opened in self._sockets}
+        try:
+            found = self._host_thread.apply(local_addresses, (INTERFACE,))
+        except OSError as error:
+            _LOG.info("The host's addresses cannot be listed", extra={"reason": error.strerror})
+            return
+        endpoints = [Endpoint.of(str(address), 0) for address in found]
+        self._gateway.handle_local_addresses(
+            [each._replace(port=ports[each.family]) for each in endpoints if each.family in ports]
+        )
+
+    def _run_address_watch(self) -> None:
+        try:
+            watch = AddressWatch()  # before the list, so that no change falls between the two
+            hub = gevent.get_hub()
+            while True:
+                self._list_addresses()
+                hub.wait(hub.loop.io(watch.fileno(), 1))
+                gevent.sleep(ADDRESSES_SETTLE)
+                watch.drain()
+        except OSError as error:
+            _LOG.info("Changes of the host's addresses go unnoticed", extra={"reason": error.strerror})
 
     def _run_repair(self) -> None:
         said: Report | None = None

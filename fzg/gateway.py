@@ -172,6 +172,12 @@ class Gateway:
         if self.node.connection(client_id) is not None:
             self.node.signalling.give_back(CandidateMessage(client_id, added=added, candidates=message.candidates))
 
+    # -- host
+
+    def handle_local_addresses(self, endpoints: Sequence[Endpoint]) -> None:
+        """The host's own addresses with our UDP port, at start and whenever they change (connectivity D3)."""
+        self.node.set_local_addresses(endpoints)
+
     # -- packets
 
     def handle_datagram(self, payload: bytes, source: Endpoint, local: Endpoint, now: float) -> None:

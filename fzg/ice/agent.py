@@ -177,17 +177,34 @@ class Agent:
         """Every current remote candidate that was signalled; neither guesses nor learned addresses."""
         return [candidate for candidate in self._remotes if not candidate.provisional]
 
+    def has_local(self, address: Endpoint) -> bool:
+        """Whether checks that arrive at this address of ours are answered."""
+        return self._locals.at(address) is not None
+
+    def authenticates(self, message: stun.Message) -> bool:
+        """Whether a request is the peer's."""
+        return message.username == self._inbound_username and message.verify_integrity(self._local_key)
+
     def is_relayed(self, source: Endpoint) -> bool:
         """Whether what is sent from `source` has to go through our relay."""
         local = self._locals.at(source)
         return local is not None and local.kind is Kind.RELAY
 
     def add_local_candidate(
-        self, kind: Kind, address: Endpoint, base: Endpoint, *, family_mismatch: bool = False, now: float
+        self,
+        kind: Kind,
+        address: Endpoint,
+        base: Endpoint,
+        *,
+        family_mismatch: bool = False,
+        passive: bool = False,
+        now: float,
     ) -> Candidate | None:
         """Offer one of ours; returns the form to signal, or None when it is unusable or redundant.
 
         Only a server-reflexive candidate has a base of its own. `family_mismatch`: see spec connectivity 3.8, relay.
+        `passive`: form no pairs until a request arrives there, because what is sent from it may leave by a link that it
+        does not belong to.
         """
         if kind is Kind.PRFLX:
             raise ValueError("peer-reflexive candidates are discovered, not added")
@@ -195,12 +212,17 @@ class Agent:
             base = address
         if not is_valid_local(address) or address.is_ipv4 != base.is_ipv4:
             return None
+        known = self._locals.at(address)
+        if known is not None and known.passive and not known.discarded and kind is Kind.HOST and not passive:
+            known.passive = False
+            self._pair_local(known, now)
+            return None
         candidate = self._admit_local(kind, address, base, family_mismatch=family_mismatch)
         if candidate is None:
             return None
-        for remote in self._remotes:
-            self._add_pair(candidate, remote, now)
-        self._wake(now)
+        candidate.passive = passive
+        if not passive:
+            self._pair_local(candidate, now)
         return candidate.wire(self._local.ufrag)
 
     def invalidate_local_candidate(self, address: Endpoint, now: float) -> Candidate | None:
@@ -380,11 +402,18 @@ class Agent:
         self._remotes.append(remote)
         self._pair_remote(remote, now, relayed=relayed)
 
+    def _pair_local(self, local: LocalCandidate, now: float) -> None:
+        for remote in self._remotes:
+            self._add_pair(local, remote, now)
+        self._wake(now)
+
     def _pair_remote(self, remote: RemoteCandidate, now: float, *, relayed: bool = True) -> bool:
         """Form pairs with every local candidate that can be checked from; true when there was any new one."""
         before = len(self._pairs)
         for local in list(self._locals):
-            if local.kind is not Kind.PRFLX and (relayed or local.kind is not Kind.RELAY):  # a learned base is paired
+            if local.kind is Kind.PRFLX or local.passive:  # a learned base is paired
+                continue
+            if relayed or local.kind is not Kind.RELAY:
                 self._add_pair(local, remote, now)
         return len(self._pairs) != before
 

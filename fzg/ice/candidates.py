@@ -29,12 +29,13 @@ OPTIMISTIC_PER_CANDIDATE: Final = 2
 
 
 class LocalCandidate:
-    """One of ours. `base` is what we send from."""
+    """One of ours. `base` is what we send from; a passive one answers, and is checked from where it was contacted."""
 
-    __slots__ = ("address", "base", "discarded", "foundation", "kind", "priority")
+    __slots__ = ("address", "base", "discarded", "foundation", "kind", "passive", "priority")
 
-    def __init__(self, kind: Kind, address: Endpoint, base: Endpoint, priority: int) -> None:
+    def __init__(self, kind: Kind, address: Endpoint, base: Endpoint, priority: int, *, passive: bool = False) -> None:
         self.kind = kind
+        self.passive = passive
         self.address = address
         self.base = base
         self.priority = priority

@@ -156,10 +156,15 @@ class Connection:
             self.state = ConnectionState.CONNECTED
             self.agent.set_timing(self._active_timing, now)
 
-    def offer(self, candidate: LocalCandidate, now: float) -> Candidate | None:
+    def offer(self, candidate: LocalCandidate, now: float, *, passive: bool = False) -> Candidate | None:
         """A local candidate became known; returns it as the client must hear of it, None when redundant."""
         added = self.agent.add_local_candidate(
-            candidate.kind, candidate.address, candidate.base, family_mismatch=candidate.family_mismatch, now=now
+            candidate.kind,
+            candidate.address,
+            candidate.base,
+            family_mismatch=candidate.family_mismatch,
+            passive=passive,
+            now=now,
         )
         if added is not None:
             self.note_activity(now)
@@ -182,6 +187,11 @@ class Connection:
         """The client withdrew a candidate."""
         if self.agent.invalidate_remote_candidate(candidate, now):
             self.note_activity(now)
+
+    def handle_contact(self, local: LocalCandidate, message: stun.Message, now: float) -> None:
+        """A check came to this address of ours: if it is the client's, the agent answers there from now on (D3)."""
+        if not self.agent.has_local(local.address) and self.agent.authenticates(message):
+            self.offer(local, now, passive=True)
 
     def handle_stun(self, message: stun.Message, source: Endpoint, destination: Endpoint, now: float) -> None:
         """A connectivity check, or the answer to one of ours."""

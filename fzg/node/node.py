@@ -37,7 +37,7 @@ from fzg.turn.relays import RelaySet
 from fzg.wire import Malformed, channel_data, control, stun
 from fzg.wire import candidate as candidate_line
 from fzg.wire import wireguard as wg
-from fzg.wire.candidate import Kind
+from fzg.wire.candidate import Kind, never_added_priority
 from fzg.wire.endpoint import Endpoint
 from fzg.wireguard.gate import Admitted, CookieReply, Gate
 from fzg.wireguard.index import IndexAllocator
@@ -67,6 +67,7 @@ CLIENT_PORT = 52625
 # (connectivity 3.12, 8). So it is where we cannot open our NAT for the client's usual port, since we know
 # only an address of the other IP version. Where the first check may arrive nothing waits.
 RELAY_PATH_WAIT = 0.06  # s
+_LISTED = ""  # in place of a relay's id: the host lists this address, and no relay was needed to see it
 GOODBYE = control.encode(control.Goodbye())
 # Bounds the work of one client and the table of checks in flight: 100 pairs x 1000 clients, far above what is ever due.
 MAX_REQUESTS_IN_FLIGHT = 100_000
@@ -142,6 +143,7 @@ class Node:
         self._requests: OrderedDict[bytes, _Request] = OrderedDict()
         self._relayed = RelayedPaths(relays=self.relays, engine=engine, now=now)
         self._homeless: dict[str, Connection] = {}
+        self._hosts: dict[Endpoint, LocalCandidate] = {}
         self._timers = Timers()
         self._out: deque[Transmit] = deque()
         self._events: deque[NodeEvent] = deque()
@@ -196,6 +198,18 @@ class Node:
         """The portal's `init` or `relays_presence` (turn 2.9)."""
         self.relays.update(removed, relays, now)
         self._settle_relays(now)
+
+    def set_local_addresses(self, endpoints: Collection[Endpoint]) -> None:
+        """The host's own addresses with our port: offered to clients, and answered when a client checks them (D3).
+
+        Nothing is sent from them before that, since it may leave by a link that they do not belong to: through a NAT
+        there it would take the port of the path that works. A new one is told to connections that exist with their
+        next authorization only, as the addresses that other relays reveal (3.16); one that is gone is no longer
+        offered, and never withdrawn (3.19).
+        """
+        self._hosts = {
+            each: LocalCandidate(Kind.HOST, each, each, family_mismatch=False, relay_id=_LISTED) for each in endpoints
+        }
 
     # -- packets
 
@@ -366,7 +380,7 @@ class Node:
         self._by_index[index] = connection
         self._by_username[_username(identity)] = connection
         self._by_public_key[identity.public_key] = connection
-        for local in self.relays.candidates(relay_id):
+        for local in self._candidates(relay_id):
             self._offer(connection, local, now)
         is_reachable = address is None or connection.guess_remote(Endpoint(address, CLIENT_PORT), now)
         is_closed = self.relays.nat_maps_by_destination or (not is_reachable and self.relays.is_behind_nat)
@@ -387,13 +401,23 @@ class Node:
         for candidate in connection.agent.local_candidates():
             self.signalling.add(connection.client_id, candidate)
         if connection.relay_id is not None:
-            for local in self.relays.candidates(connection.relay_id):
+            for local in self._candidates(connection.relay_id):
                 self._offer(connection, local, now)
         _LOG.info("Connection reused cid=%s", connection.client_id)
         self._settle(connection, now)
 
+    def _candidates(self, relay_id: str) -> list[LocalCandidate]:
+        """What an authorization offers, best first; of one kind, what a relay saw comes before what the host lists."""
+        of_relays = self.relays.candidates(relay_id)
+        seen = {local.address for local in of_relays if local.kind is Kind.HOST}
+        listed = [local for endpoint, local in self._hosts.items() if endpoint not in seen]
+        # A stable order: the agent ranks candidates of one kind in the order in which they come.
+        return sorted(
+            [*of_relays, *listed], key=lambda local: never_added_priority(local.kind, local.address), reverse=True
+        )
+
     def _offer(self, connection: Connection, local: LocalCandidate, now: float) -> None:
-        added = connection.offer(local, now)
+        added = connection.offer(local, now, passive=local.relay_id == _LISTED)
         if added is not None:
             self.signalling.add(connection.client_id, added)
 
@@ -482,6 +506,8 @@ class Node:
         if connection is None:
             self.counters["STUN: unknown connection"] += 1
             return
+        if destination in self._hosts:
+            connection.handle_contact(self._hosts[destination], message, now)
         connection.handle_stun(message, source, destination, now)
         self._settle(connection, now)
 

@@ -89,7 +89,8 @@ def test_the_gateways_candidates_come_behind_its_word_in_one_message(world: Worl
             assert said[1]["payload"] == {"client_ids": [client.id], "candidates": client.told}
             priorities = [int(line.split()[3]) for line in client.told]
             assert priorities == sorted(priorities, reverse=True)
-            assert sorted(line.split()[7] for line in client.told) == ["host", "host", "relay", "relay"]
+            kinds = sorted(line.split()[7] for line in client.told)
+            assert kinds[-3:] == ["host", "relay", "relay"]  # hosts: loopback, and what this machine has besides
 
     asyncio.run(scenario())
 

@@ -54,6 +54,7 @@ STEPS = st.one_of(
     st.tuples(st.just("portal"), st.booleans()),
     st.tuples(st.just("loss"), st.sampled_from([0.0, 0.1, 0.5, 1.0])),
     st.tuples(st.just("nat_reboots"), st.booleans()),
+    st.tuples(st.just("addresses"), st.sets(st.sampled_from(["192.168.50.5", "203.0.113.5", "2001:db8:50::5"]))),
     st.tuples(st.just("garbage"), clients, st.binary(max_size=60)),
 )
 
@@ -181,6 +182,9 @@ class Weather:
         nat = self.w.gateway.nat if of_gateway else self.w.client.nat
         if nat is not None:
             nat.rebind()
+
+    def addresses(self, listed):
+        self.w.gateway.core.handle_local_addresses([Endpoint.of(address, 52625) for address in sorted(listed)])
 
     def garbage(self, client, payload):
         party = self.w.clients[client]
