@@ -25,10 +25,10 @@ class Nameserver:
         self.zone = {}
         self.questions = []
         self.truncate = False
+        self.tcp = socket.create_server((address, port))
+        self.port = self.tcp.getsockname()[1]
         self.udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self.udp.bind((address, port))
-        self.port = self.udp.getsockname()[1]
-        self.tcp = socket.create_server((address, self.port))
+        self.udp.bind((address, self.port))
         for target in (self._serve_udp, self._serve_tcp):
             threading.Thread(target=target, daemon=True).start()
 
