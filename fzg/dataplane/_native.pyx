@@ -127,6 +127,8 @@ cdef class NativeEngine:
                 self._engine.turn_packets = value
             elif name == "urgent":
                 self._engine.urgent_packets = value
+            elif name == "judged":
+                self._engine.turn_judged = value
             elif name == "flush":
                 self._engine.flush_packets = value
             elif name == "backlog":

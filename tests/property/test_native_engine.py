@@ -94,7 +94,7 @@ class Side:
             attach(family, fake, port=52625, segmentation=segmentation)
         if not isinstance(engine, PureEngine):
             engine.play_tun(self.device)
-            engine.limit(flush=1 << 30, lanes=1, urgent=1 << 20)
+            engine.limit(flush=1 << 30, lanes=1, urgent=1 << 20, judged=1 << 20)
 
     def take(self) -> Any:
         """What went out since the last call."""

@@ -102,6 +102,30 @@ def test_another_client_waits_for_one_portion_of_the_flood_only(world: World):
     assert position <= -(-65536 // SIZE) + TRAIN
 
 
+def test_packets_for_the_core_end_a_turn_early_and_count_for_more(world: World):
+    flood(world, 12)
+    world.udp4.put(world.sealed(packet(OTHER, 1), peer=OTHER), source=RELAY)
+    first = turn(world)
+    assert len(first) <= 64 + TRAIN
+    assert [item.peer for item in first].index(OTHER) <= 2 * TRAIN
+    world.gateway.limit(judged=1 << 20)
+    assert len(turn(world)) == 12 * TRAIN + 1 - len(first)
+
+
+def test_packets_for_hosts_that_the_core_judges_end_a_turn_early(world: World, monkeypatch: pytest.MonkeyPatch):
+    device = Reads()
+    world.play_tun(monkeypatch, device)
+    device.waiting = [bytes(10) + udp(b"", source=SERVER4, destination=CLIENT4, sport=n) for n in range(1, 301)]
+    device.waiting.append(bytes(10) + udp(b"", source=SERVER4, destination=bytes((100, 64, 0, 10)), sport=1))
+    turns = [list(world.gateway.receive_tun(10.0))]
+    while world.gateway.has_backlog(None):
+        turns.append(list(world.gateway.receive_tun(10.0)))
+    assert max(map(len, turns)) == 64
+    assert sum(map(len, turns)) == 301
+    (position,) = (i for i, items in enumerate(turns) if any(item.packet[19] == 10 for item in items))
+    assert position <= 1
+
+
 def test_a_flood_is_bounded_and_costs_nobody_else_anything(world: World):
     world.gateway.limit(backlog=1 << 20, turn=TRAIN)
     items: list[Any] = []

@@ -164,12 +164,18 @@ struct arrival *backlog_next(struct backlog *backlog)
         backlog->last->next->deficit += backlog->quantum;
         backlog->last = backlog->last->next;
     }
-    struct lane *lane = backlog->last->next;
+    struct lane *lane = backlog->serving = backlog->last->next;
     backlog->served = take_first(backlog, lane);
     lane->deficit -= backlog->served->arrival.length;
     if (!lane->head)
         retire(backlog, backlog->last);
     return &backlog->served->arrival;
+}
+
+void backlog_charge(struct backlog *backlog, int64_t octets)
+{
+    if (backlog->serving->head) /* one that is empty starts anew */
+        backlog->serving->deficit -= octets;
 }
 
 void backlog_free(struct backlog *backlog)

@@ -42,6 +42,7 @@ struct backlog {
     uint8_t **buffers; /* of this engine, for reuse */
     uint32_t buffer_count;
     struct waiting *served; /* whose octets are in use until the next one is taken */
+    struct lane *serving;   /* it came from there */
 };
 
 void backlog_init(struct backlog *backlog);
@@ -58,6 +59,9 @@ void backlog_add(struct backlog *backlog, uint64_t hash, const struct arrival *a
 
 /* The next entry, valid until the next call; NULL: none. */
 struct arrival *backlog_next(struct backlog *backlog);
+
+/* What was served last costs as much as so many octets more. */
+void backlog_charge(struct backlog *backlog, int64_t octets);
 
 void backlog_free(struct backlog *backlog);
 

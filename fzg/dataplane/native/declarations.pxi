@@ -252,6 +252,7 @@ cdef extern from "engine.h" nogil:
         backlog from_tun
         uint32_t turn_packets
         uint32_t urgent_packets
+        uint32_t turn_judged
         uint32_t flush_packets
 
     bint engine_has_backlog(const engine *asked, bint from_tun)

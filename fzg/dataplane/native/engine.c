@@ -11,6 +11,10 @@ enum {
     FLUSH_PACKETS = 128,
     /* Those of a turn that found something for the core, which comes first. */
     URGENT_TURN_PACKETS = 64,
+    /* Packets of one turn that are for the core, which takes some 10 us for each. */
+    TURN_JUDGED = 64,
+    /* What such a packet counts for among clients, in octets: a turn full of them is a client's portion. */
+    JUDGED_OCTETS = 1024,
     /* What a turn takes from the kernel at most, in octets and in calls; both near a quarter of a millisecond. */
     INTAKE_OCTETS = 1 << 20,
     INTAKE_CALLS = 64,
@@ -27,6 +31,7 @@ bool engine_init(struct engine *engine, const struct seed *seed)
     engine->state.max_flows = MAX_FLOWS;
     engine->turn_packets = TURN_PACKETS;
     engine->urgent_packets = URGENT_TURN_PACKETS;
+    engine->turn_judged = TURN_JUDGED;
     engine->flush_packets = FLUSH_PACKETS;
     tun_init(&engine->tun);
     udp_init(&engine->udp[0]);
@@ -386,12 +391,14 @@ int engine_receive_udp(struct engine *engine, bool is_ipv4, double now)
     int result = take_in_udp(engine, engine_udp(engine, is_ipv4));
     if (result < 0)
         return result;
-    uint32_t limit = turn_limit(engine);
-    while (engine->turn.packets < limit) {
+    uint32_t limit = turn_limit(engine), judged = engine->turn.event_count;
+    while (engine->turn.packets < limit && engine->turn.event_count - judged < engine->turn_judged) {
         struct arrival *arrival = backlog_next(&engine->from_udp);
         if (!arrival)
             break;
+        uint32_t before = engine->turn.event_count;
         take_arrival(engine, arrival, true);
+        backlog_charge(&engine->from_udp, (int64_t)(engine->turn.event_count - before) * JUDGED_OCTETS);
         if (engine->tun.queued >= engine->flush_packets && !tun_flush(&engine->tun))
             break;
     }
@@ -629,12 +636,13 @@ int engine_receive_tun(struct engine *engine, double now)
     int result = take_in_tun(engine);
     if (result < 0)
         return result;
-    while (engine->turn.packets < engine->turn_packets) {
+    while (engine->turn.packets < engine->turn_packets && engine->turn.event_count < engine->turn_judged) {
         struct arrival *arrival = backlog_next(&engine->from_tun);
         if (!arrival)
             break;
-        uint32_t before = engine->turn.packets;
+        uint32_t before = engine->turn.packets, judged = engine->turn.event_count;
         take_read(engine, arrival->octets, arrival->length);
+        backlog_charge(&engine->from_tun, (int64_t)(engine->turn.event_count - judged) * JUDGED_OCTETS);
         engine->counters.tun_rx_packets += engine->turn.packets - before;
         if (engine->udp[0].queued + engine->udp[1].queued >= engine->flush_packets && !flush_udp(engine))
             break;

@@ -73,6 +73,7 @@ struct engine {
     uint8_t *read; /* a buffer for the next TUN read */
     uint32_t turn_packets;
     uint32_t urgent_packets;
+    uint32_t turn_judged;
     uint32_t flush_packets;
 };
 
