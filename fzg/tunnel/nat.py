@@ -40,14 +40,14 @@ class Lookup(Enum):
 
 
 class Entry:
-    """One session. `token` names it in flow reports, 0 until a flow was made; `cached_until` is that flow's end."""
+    """One session. `token` names it in flow reports, 0 until a flow was made; `is_cached` once there is any."""
 
     __slots__ = (
         "answered",
         "armed",
-        "cached_until",
         "fin_in",
         "fin_out",
+        "is_cached",
         "last_incoming",
         "last_outgoing",
         "outside_value",
@@ -69,11 +69,16 @@ class Entry:
         self.fin_out = self.fin_in = self.rst = False
         self.armed = inf
         self.token = 0
-        self.cached_until = 0.0
+        self.is_cached = False
+
+    @property
+    def last_packet(self) -> float:
+        """When it was used last."""
+        return max(self.last_outgoing, self.last_incoming)
 
     def deadline(self) -> float:
         """When the entry has had its time."""
-        last = max(self.last_outgoing, self.last_incoming)
+        last = self.last_packet
         if self.rst:
             return last
         due = last + _TTL[self.source_value & _TAG]
@@ -88,7 +93,8 @@ class NatTable:
     __slots__ = ("_count", "_due", "_expired", "_inside", "_outside", "_sequence")
 
     def __init__(self) -> None:
-        self._inside: dict[tuple[int, bytes], Entry] = {}
+        # By proxy IP, then by source value: with many sessions a lookup touches half the memory that one by pairs does.
+        self._inside: dict[bytes, dict[int, Entry]] = {}
         self._outside: dict[tuple[int, bytes], _Ports] = {}
         self._expired: OrderedDict[tuple[int, bytes], None] = OrderedDict()
         self._due: list[tuple[float, int, Entry]] = []
@@ -103,7 +109,8 @@ class NatTable:
 
         A session stays with its real IP even if the proxy IP leads elsewhere by now.
         """
-        entry = self._inside.get((source_value, proxy))
+        sessions = self._inside.get(proxy)
+        entry = sessions.get(source_value) if sessions is not None else None
         if entry is None:
             return self._open(source_value, proxy, real, now)
         entry.last_outgoing = now
@@ -144,7 +151,7 @@ class NatTable:
 
     def clear(self) -> Sequence[Entry]:
         """Forget and return all entries; the expired memory goes too."""
-        removed = list(self._inside.values())
+        removed = [entry for sessions in self._inside.values() for entry in sessions.values()]
         for entry in removed:
             entry.armed = inf
         self._inside.clear()
@@ -166,7 +173,7 @@ class NatTable:
             return None
         entry = Entry(source_value, proxy, tag | port, real, now)
         self._count += 1
-        self._inside[source_value, proxy] = entry
+        self._inside.setdefault(proxy, {})[source_value] = entry
         ports.take(entry)
         self._expired.pop((entry.outside_value, real), None)
         self._arm(entry)
@@ -175,7 +182,10 @@ class NatTable:
     def _remove(self, entry: Entry) -> None:
         entry.armed = inf
         self._count -= 1
-        del self._inside[entry.source_value, entry.proxy]
+        sessions = self._inside[entry.proxy]
+        del sessions[entry.source_value]
+        if not sessions:
+            del self._inside[entry.proxy]
         key = (entry.outside_value & _TAG, entry.real)
         ports = self._outside[key]
         ports.release(entry)

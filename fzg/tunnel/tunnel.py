@@ -461,7 +461,7 @@ class Tunnel:
     ) -> Flow | None:
         if parsed.tcp_flags & _UNCACHED_TCP:
             return None
-        entry.cached_until = max(entry.cached_until, valid_until)
+        entry.is_cached = True
         if logged is not None:
             return _flow(parsed, rewrite, logged.token << 1 | direction, valid_until)
         if not entry.token:
@@ -532,7 +532,8 @@ class Tunnel:
 
     def _sweep(self, client: Client, now: float, limit: int) -> int:
         ended = client.nat.sweep(now, limit)
-        if any(entry.cached_until > now for entry in ended):
+        # Flows are no older than the last packet that was judged here.
+        if any(entry.is_cached and entry.last_packet + FLOW_VALIDITY > now for entry in ended):
             self._events.append(Revoked(client.id))
         self._untrack(ended)
         return len(ended)
