@@ -55,6 +55,8 @@ _DIRECTED = (
 _PLAIN = (
     "tcp_both",
     "cpu_percent_after",
+    "refused_p99_ms",
+    "refused_kpps",
     "rtt_ms",
     "connect_ms",
     "connect_authorized_ms",
@@ -190,6 +192,7 @@ def _plan(sites: list[Site], runs: int) -> list[Measurement]:
     plan += [measurements.tcp_both(*one) for one in tunnels]
     for direction in DIRECTIONS:
         plan += [measurements.under_load(*one, direction=direction) for one in with_neighbour]
+    plan += [measurements.under_refusals(*one) for one in with_neighbour if one[1].name == "gateway"]
     plan += [measurements.calm(*one) for one in with_neighbour if one[1].name == "gateway"]
     for direction in DIRECTIONS:
         plan += [measurements.udp(*one, direction=direction) for one in direct]
@@ -199,6 +202,7 @@ def _plan(sites: list[Site], runs: int) -> list[Measurement]:
     plan += [measurements.round_trip(*one) for one in each if one[1].name != PURE]
     count = -(-CONNECTIONS // runs)
     plan += [measurements.connections(one[0], one[1], count=count) for one in tunnels if one[1].name == "gateway"]
+    plan += [measurements.core_alone()]
     plan += [measurements.engine_alone(engine, PURE if engine is PureEngine else "gateway") for engine in ENGINES]
     return plan
 

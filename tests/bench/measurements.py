@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.bench import engine_throughput
+from tests.bench import engine_throughput, slow_path
 from tests.lab.resources import ECHO_PORT
 from tests.unit.dataplane_world import World
 
@@ -40,6 +42,9 @@ UDP_SMALL_FASTER = 2.0  # packets a second of those, as a first guess
 PING_INTERVAL_S = 0.01
 PROBE_INTERVAL_S = 0.02  # half of the handshakes a second from which a gateway asks for cookies
 CALM_AFTER_S, CALM_FOR_S = 0.5, 0.5
+REFUSED_PER_SECOND = 50_000  # more than twice the new flows that the core must be able to judge
+CORE_SECONDS = 2.0  # of each run, ten of all
+_FOREIGN = "100.95.0.1"
 TURN_CONNECTIONS = 1000
 TURN_PORT = 6000
 _INTERFACE = "eth0"
@@ -135,6 +140,29 @@ def under_load(site: Site, program: Program, *, direction: str) -> Measurement:
     return Measurement("under load", [echoes, *(answers.values() if of_gateway else ())], run)
 
 
+def under_refusals(site: Site, program: Program) -> Measurement:
+    """Another client's echoes while one sends packets under an address that is not its own; each is refused."""
+    assert site.crowd is not None
+    crowd = site.crowd
+    echoes, refused = program.figure("refused_p99_ms"), program.figure("refused_kpps")
+
+    def run() -> Values:
+        before = site.counters()["item_InnerPacket"]
+        began = time.monotonic()
+        site.outpost.begin_flood(program.server, source=_FOREIGN, per_second=REFUSED_PER_SECOND, seconds=LOAD_SECONDS)
+        site.crowd_outpost.begin_pings(
+            program.server, seconds=LOAD_SECONDS, interval=PING_INTERVAL_S, source=crowd.addresses[0]
+        )
+        try:
+            took: list[float] = site.crowd_outpost.answer()
+        finally:
+            site.outpost.answer()
+        judged = site.counters()["item_InnerPacket"] - before
+        return {echoes: _p99(took), refused: judged / (time.monotonic() - began) / 1e3}
+
+    return Measurement("under refusals", [echoes, refused], run)
+
+
 def calm(site: Site, program: Program) -> Measurement:
     """CPU of a program soon after load, with all its clients still connected."""
     name = program.figure("cpu_percent_after")
@@ -183,6 +211,30 @@ def engine_alone(engine: Any, name: str) -> Measurement:
         return values
 
     return Measurement("engine alone", list(figures.values()), run)
+
+
+def core_alone() -> Measurement:
+    """Packets that the core decides in Python, on one core, and how much slower it is with full tables."""
+    names = ["uncached_kpps.gateway", "new_flows_kps.gateway", "full_tables_ratio.gateway"]
+
+    @functools.cache
+    def core() -> slow_path.Core:
+        logging.getLogger("fzg").setLevel(logging.ERROR)
+        return slow_path.Core()
+
+    @functools.cache
+    def tables() -> tuple[slow_path.Tables, slow_path.Tables]:
+        return slow_path.empty_and_full(slow_path.Core(1))
+
+    def run() -> Values:
+        values = (
+            core().rate(slow_path.known_flows(core()), slow_path.both_ways, CORE_SECONDS) / 1e3,
+            core().rate(slow_path.new_flows(core()), slow_path.from_clients, CORE_SECONDS) / 1e3,
+            slow_path.slowdown(*tables(), CORE_SECONDS),
+        )
+        return dict(zip(names, values, strict=True))
+
+    return Measurement("core alone", names, run)
 
 
 @dataclass

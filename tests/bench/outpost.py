@@ -88,6 +88,10 @@ class Outpost:
         """Connect from each of these addresses, and write to all in turn; the clock runs once all are connected."""
         self._begin("pour", host=host, port=port, sources=list(sources), seconds=seconds)
 
+    def begin_flood(self, host: str, *, source: str, per_second: int, seconds: float) -> None:
+        """Send small datagrams from `source`, which need not be one of this host's; `answer` has how many."""
+        self._begin("flood", host=host, source=source, per_second=per_second, seconds=seconds)
+
     def udp_buffer_errors(self) -> int:
         """Datagrams lost for want of room in socket buffers here so far, as `nstat` counts them."""
         result: int = self._ask("udp_buffer_errors")
@@ -147,6 +151,9 @@ _IP_FREEBIND = 15
 _CHUNK = bytes(1 << 17)  # octets of one turn
 _TURNS_AT_ONCE = 16
 _LOOK_S = 0.0001
+_IP_TRANSPARENT, _UDP_SEGMENT = 19, 103
+_FLOOD_PAYLOAD, _FLOOD_TRAIN = 36, 20  # packets of 64 bytes
+_FLOOD_PAUSE_S = 0.0002
 
 
 def _receive_stamped(sock: socket.socket) -> tuple[bytes, float, Any]:
@@ -292,6 +299,25 @@ def _op_pour(host: str, port: int, sources: list[str], seconds: float) -> int:
         for sock in socks:
             sock.close()
     return len(socks)
+
+
+def _op_flood(host: str, source: str, per_second: int, seconds: float) -> int:
+    sent = 0
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.setsockopt(socket.IPPROTO_IP, _IP_TRANSPARENT, 1)
+        sock.setsockopt(socket.IPPROTO_UDP, _UDP_SEGMENT, _FLOOD_PAYLOAD)
+        sock.bind((source, 0))
+        sock.connect((host, 9))
+        train = bytes(_FLOOD_PAYLOAD * _FLOOD_TRAIN)
+        began = time.monotonic()
+        while (passed := time.monotonic() - began) < seconds:
+            if sent > passed * per_second:
+                time.sleep(_FLOOD_PAUSE_S)
+                continue
+            with contextlib.suppress(OSError):  # the answer to an earlier one
+                sock.send(train)
+            sent += _FLOOD_TRAIN
+    return sent
 
 
 def _wait_sent(sock: socket.socket) -> None:

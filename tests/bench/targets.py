@@ -68,6 +68,10 @@ TARGETS = (
         for path in ("direct", "relayed")
         for target in _each_way(f"packets {name} that Python saw, %, {path}", f"python_percent_{way}", 0.1, path=path)
     ),
+    Target("core alone, 1000 uncached packets/s", "uncached_kpps.gateway", 40, True),
+    Target("core alone, 1000 new flows/s", "new_flows_kps.gateway", 20, True),
+    Target("100,000 sessions, 10,000 resources ÷ none", "full_tables_ratio.gateway", 1.5),
+    Target("ping p99 under refused packets, ms", "refused_p99_ms.direct.gateway", 10),
     Target("round trip, idle, ÷ wireguard-go", "rtt_ms.direct.gateway", 1.5, False, "rtt_ms.direct.wireguard-go"),
     *_each_way("ping p99 under 4 streams, ÷ wireguard-go", "ping_p99_ms", 0.5, beside="wireguard-go"),
     *_each_way("ICE check answered, p99, ms", "stun_p99_ms", 5),
