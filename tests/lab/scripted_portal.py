@@ -71,6 +71,8 @@ class ScriptedPortal:
         self.early_data = b""
         """Bytes that leave in one segment with the answer to the upgrade."""
         self.push_after_join: list[tuple[str, Any]] = []
+        self.on_frame: Callable[[dict[str, Any]], None] = lambda frame: None
+        """Called with each text frame of the gateway, after it was noted."""
         self._silenced: list[Any] = []
         options = {"ssl_context": tls} if tls is not None else {}
         self._server = StreamServer((host, port), self._serve, **options)
@@ -255,6 +257,7 @@ class Connection:
                     self.push(event, payload)
         elif frame["event"] == "heartbeat" and self.portal.answer_heartbeats:
             self.reply(frame["ref"], "ok", {}, topic="phoenix")
+        self.portal.on_frame(frame)
 
     def _flush(self) -> None:
         for data in self._protocol.data_to_send():
