@@ -45,6 +45,7 @@ bench: $(ENGINE) ## figures as a table and as build/bench.json (ONLY=tcp1,connec
 	@$(PY) -m tests.bench $(if $(ONLY),--only $(ONLY))
 	@$(if $(ONLY),,$(PY) -m tests.bench.connect_times)
 	@$(if $(ONLY),,$(PY) -m tests.bench.nat_matrix)
+	@$(if $(ONLY),,$(PY) -m tests.bench.scale)
 
 binary: $(READY) ## dist/firezone-gateway, one file
 	@library=$$($(PY) packaging/python_packages.py library) && packaging/require $(BINARY_PACKAGES) $$library
