@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 from click.core import ParameterSource
 
+from fzg import commands
 from fzg import settings as s
 from fzg.host.arguments import hide_argument
 from fzg.ops import logs
@@ -86,7 +87,25 @@ def _option(*names: str, env: str | None = None, **attributes: Any) -> Callable[
     return click.option(*names, cls=_OnceOption, envvar=env, **attributes)  # type: ignore[return-value]
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+class _GatewayCommand(click.Command):
+    """Stops at the first argument that is no option; if that is a command's word, the rest belongs to the command."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        options = [param for param in self.params if isinstance(param, click.Option)]
+        parser = click.Command(self.name, params=options).make_parser(ctx)
+        parser.allow_interspersed_args = False
+        _, rest, _ = parser.parse_args(list(args))
+        own = args[: len(args) - len(rest)]
+        if rest and rest[0] in commands.COMMANDS and own[-1:] != ["--"]:
+            ctx.meta[_COMMAND] = rest
+            args = own
+        return super().parse_args(ctx, args)
+
+
+_COMMAND = "fzg.command"
+
+
+@click.command(cls=_GatewayCommand, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("token", required=False, metavar="[TOKEN]")
 @_option("-u", "--api-url", env="FIREZONE_API_URL", default=s.DEFAULT_API_URL, metavar="URL", hidden=True)
 @_option(
@@ -166,7 +185,8 @@ def _option(*names: str, env: str | None = None, **attributes: Any) -> Callable[
     "--tun-fd", type=int, hidden=True, help="Use this inherited descriptor (virtio framing) instead of a TUN device."
 )
 @click.version_option(VERSION, "-V", "--version", prog_name="firezone-gateway", message="%(prog)s %(version)s")
-def command(**options: Any) -> None:
+@click.pass_context
+def command(ctx: click.Context, **options: Any) -> None:
     """Let Firezone clients reach the resources of this network.
 
     TOKEN is the site's or gateway's token; better put it into FIREZONE_TOKEN, or into the systemd credential of that
@@ -174,6 +194,9 @@ def command(**options: Any) -> None:
     """
     _refuse_what_is_no_text(options)
     options["offloads"] = _offloads(os.environ)
+    if _COMMAND in ctx.meta:
+        name, *arguments = ctx.meta[_COMMAND]
+        sys.exit(commands.run(name, arguments, options))
     sys.exit(_run(options, os.environ))
 
 
@@ -184,6 +207,9 @@ def main() -> NoReturn:
     except click.UsageError as error:
         click.echo(f"firezone-gateway: {_sentence(error)} (--help lists the options)", err=True)
         code = EXIT_USAGE
+    except click.ClickException as error:  # of a command
+        click.echo(f"firezone-gateway: {error.format_message()}", err=True)
+        code = EXIT_FAILURE
     except click.exceptions.Abort:  # an interrupt before the gateway had begun
         code = EXIT_FAILURE
     finally:

@@ -1,0 +1,28 @@
+"""The operator's commands, one module each: `command` is what the word after `firezone-gateway` runs.
+
+A command gets the options and variables of the gateway itself (operations 1.1) as its click context's `obj`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import click
+
+# A first argument that is exactly one of these is that command, anything else is the token (spec README, decisions).
+COMMANDS = {
+    "id": "fzg.commands.id",
+}
+
+
+def run(name: str, arguments: Sequence[str], options: dict[str, Any]) -> int:
+    """The exit code of one command; raises click's usage errors."""
+    command: click.Command = import_module(COMMANDS[name]).command
+    code: int | None = command.main(
+        args=list(arguments), prog_name=f"firezone-gateway {name}", standalone_mode=False, obj=options
+    )
+    return code or 0
