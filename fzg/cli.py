@@ -91,7 +91,7 @@ class _GatewayCommand(click.Command):
     """Stops at the first argument that is no option; if that is a command's word, the rest belongs to the command."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        options = [param for param in self.params if isinstance(param, click.Option)]
+        options: list[click.Parameter] = [param for param in self.params if isinstance(param, click.Option)]
         parser = click.Command(self.name, params=options).make_parser(ctx)
         parser.allow_interspersed_args = False
         _, rest, _ = parser.parse_args(list(args))
@@ -186,7 +186,7 @@ _COMMAND = "fzg.command"
 )
 @click.version_option(VERSION, "-V", "--version", prog_name="firezone-gateway", message="%(prog)s %(version)s")
 @click.pass_context
-def command(ctx: click.Context, **options: Any) -> None:
+def command(ctx: click.Context, /, **options: Any) -> None:
     """Let Firezone clients reach the resources of this network.
 
     TOKEN is the site's or gateway's token; better put it into FIREZONE_TOKEN, or into the systemd credential of that
