@@ -63,7 +63,8 @@ PASSES = 3
 CLIENT_PORT = 52625
 # Behind a NAT that maps by destination the path will be relayed, and a client's first check through our relay is lost
 # when it comes before our channel to the client's relay: its next is 250 ms later. So our candidates wait until the
-# client's are here and bound; a client sends them within 17 ms of the acknowledgement, plus the portal's round trip
+# client's are here; the binds that these start leave before, and have one hop to go where the check comes by the portal
+# and two relays. A client sends its own within 17 ms of the acknowledgement, plus the portal's round trip
 # (connectivity 3.12, 8). So it is where we cannot open our NAT for the client's usual port, since we know
 # only an address of the other IP version. Where the first check may arrive nothing waits.
 RELAY_PATH_WAIT = 0.06  # s
@@ -325,7 +326,7 @@ class Node:
     def drain_candidates(self, now: float) -> list[CandidateMessage]:
         """Candidate messages that are due now."""
         for client_id, until in list(self.signalling.postponed.items()):
-            if now >= until or self._is_reachable_by_relay(client_id):
+            if now >= until or self._connections[client_id].agent.remote_candidates():
                 self.signalling.announce(client_id)
         return self.signalling.drain()
 
@@ -420,14 +421,6 @@ class Node:
         added = connection.offer(local, now, passive=local.relay_id == _LISTED)
         if added is not None:
             self.signalling.add(connection.client_id, added)
-
-    def _is_reachable_by_relay(self, client_id: str) -> bool:
-        """Whether the client's candidates are here and our relay lets in what it sends from them."""
-        connection = self._connections[client_id]
-        relay_id, remotes = connection.relay_id, connection.agent.remote_candidates()
-        if relay_id is None or not remotes:
-            return False
-        return not any(self.relays.is_binding(relay_id, remote.address) for remote in remotes)
 
     def _remove(self, connection: Connection) -> None:
         connection.close()
@@ -570,7 +563,9 @@ class Node:
             if self._connections.get(connection.client_id) is connection:
                 self._settle(connection, now)
         if self._homeless and self.relays.sample(now) is not None:
-            for connection in list(self._homeless.values()):
+            # Taken all at once: settling one comes back here, and must not begin with the rest.
+            homeless, self._homeless = self._homeless, {}
+            for connection in homeless.values():
                 self._migrate(connection, now)
                 self._settle(connection, now)
 

@@ -91,7 +91,7 @@ class Signalling:
         """When a postponed message is due."""
         if not self._postponed:
             return None
-        return Deadline(min(self._postponed.values()), "candidates wait for relay channels")
+        return Deadline(min(self._postponed.values()), "candidates wait for the client's")
 
     def drain(self) -> list[CandidateMessage]:
         """All messages due: additions first, clients in ascending order, then invalidations."""

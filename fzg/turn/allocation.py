@@ -212,11 +212,6 @@ class Allocation:
         self._request(Purpose.CHANNEL_BIND, now, peer=peer, channel=channel.number)
         self._announce(channel, usable=True)
 
-    def is_binding(self, peer: Endpoint) -> bool:
-        """Whether a channel to `peer` is asked for, and neither confirmed nor refused yet."""
-        channel = self._channels.find(peer)
-        return peer in self._buffer or (channel is not None and channel.binding and not channel.confirmed)
-
     def route(self, peer: Endpoint, use: Use, now: float) -> Route | None:
         """How to send to `peer` now; None starts a bind, and what was to be sent is lost."""
         channel = self._channels.usable(peer, now)

@@ -113,11 +113,6 @@ class RelaySet:
         if allocation is not None:
             allocation.bind(peer, now)
 
-    def is_binding(self, relay_id: str, peer: Endpoint) -> bool:
-        """Whether the relay has yet to confirm or refuse a channel to `peer`."""
-        allocation = self._allocations.get(relay_id)
-        return allocation is not None and allocation.is_binding(peer)
-
     def route(self, relay_id: str, peer: Endpoint, now: float, *, use: Use = Use.DATA) -> Route | None:
         """How to send to `peer` now. None: not possible, what was to be sent is lost, and a bind was started."""
         allocation = self._allocations.get(relay_id)

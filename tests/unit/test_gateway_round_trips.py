@@ -79,16 +79,19 @@ def test_a_direct_connection_takes_five(placement):
 
 
 def test_between_two_relays_the_candidates_of_the_client_are_waited_for():
-    """Their way through the portal is two more, and half of one binds the channels: without it the check is lost."""
+    """Their way through the portal and ours back are one each, and half of one binds the client's channel.
+
+    Without it the first check is lost, and a quarter of a second with it.
+    """
     w = world(gateway="symmetric", client="symmetric")
     distances(w)
     took = first_reply(w.start())
     assert w.connection.path.kind == "RelayToRelay"
-    assert took <= 7.5 * ROUND_TRIP + PROCESSING
+    assert took <= 7 * ROUND_TRIP + PROCESSING
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("placement", "round_trips"), [("nat", 5), ("symmetric", 7.5)])
+@pytest.mark.parametrize(("placement", "round_trips"), [("nat", 5), ("symmetric", 7)])
 def test_no_first_check_is_lost_at_the_95th_percentile(placement, round_trips):
     took = connections(placement)
     assert statistics.quantiles(took, n=20)[-1] <= round_trips * ROUND_TRIP * 1.2
