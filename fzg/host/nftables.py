@@ -47,6 +47,7 @@ RULE_COMMENT: Final = "firezone-gateway"
 _CHAIN_NAME: Final = "postrouting"
 _PRIORITY_SRCNAT: Final = 100
 _NF_DROP: Final = 0
+_HOOK_INPUT: Final = 1
 _HOOK_FORWARD: Final = 2
 _HOOK_POSTROUTING: Final = 4
 _BATCH_BEGIN: Final = 0x10
@@ -56,6 +57,7 @@ _REGISTER_1: Final = 1
 _NETWORK_HEADER: Final = 1
 _NF_ACCEPT: Final = 1
 _DIRECTIONS: Final = (Meta.NFT_META_OIFNAME, Meta.NFT_META_IIFNAME)  # inserted in this order, so "in" comes first
+_MATCH: Final = {Meta.NFT_META_OIFNAME: "oifname", Meta.NFT_META_IIFNAME: "iifname"}
 _IFNAMSIZ: Final = 16
 _JUMP_DEPTH: Final = 16  # the kernel's own limit on nested jumps (NFT_JUMP_STACK_SIZE)
 
@@ -104,6 +106,21 @@ class _Chain(NamedTuple):
         return f"{_FAMILY_NAME[self.family]} {self.table} {self.name}"
 
 
+class Blocked(NamedTuple):
+    """A foreign chain that drops what clients need, and the matches of the accepts that are missing at its head."""
+
+    chain: str
+    missing: tuple[str, ...]
+
+
+class Survey(NamedTuple):
+    """What the firewall does now: families that we masquerade, chains in the way of forwarding and of our DNS."""
+
+    masqueraded: tuple[str, ...]
+    forward: tuple[Blocked, ...]
+    input: tuple[Blocked, ...]
+
+
 class Firewall:
     """Our nftables objects for one TUN device. Every method may be repeated; all are synchronous."""
 
@@ -135,6 +152,24 @@ class Firewall:
                 return not any(self._missing(netlink, chain, policy) for chain, policy in _forward_chains(chains))
         except OSError:
             return True  # unreadable: applying again would not improve it
+
+    def survey(self) -> Survey:
+        """What stands now, without a change. Raises OSError where it may not be read."""
+        with NetlinkSocket(NETLINK_NETFILTER) as netlink:
+            chains = list(_chains(netlink))
+            masqueraded = {_FAMILY_NAME[chain.family] for chain, _ in chains if chain.table == TABLE_NAME}
+            forward = [
+                Blocked(str(chain), tuple(_MATCH[key] for key in missing))
+                for chain, policy in _base_chains(chains, _HOOK_FORWARD)
+                if (missing := self._missing(netlink, chain, policy))
+            ]
+            entering = [
+                Blocked(str(chain), (_MATCH[Meta.NFT_META_IIFNAME],))
+                for chain, policy in _base_chains(chains, _HOOK_INPUT)
+                if self._missing(netlink, chain, policy)
+                and not any(self._lets_in(rule) for rule in _rules(netlink, chain))
+            ]
+        return Survey(tuple(sorted(masqueraded)), tuple(forward), tuple(entering))
 
     def remove(self) -> Report:
         """Delete our table and our rules in foreign chains; silent when there are none."""
@@ -248,13 +283,22 @@ class Firewall:
         if [name for name, _ in parts] != ["meta", "cmp", "immediate"]:
             return False
         (_, meta), (_, compare), (_, verdict) = parts
-        value = compare.get_attr("NFTA_CMP_DATA").get_attr("NFTA_DATA_VALUE")
+        value = _compared(compare)
         return (
             meta.get_attr("NFTA_META_KEY") == Meta(key).name
             and compare.get_attr("NFTA_CMP_OP") == Cmp.NFT_CMP_EQ.name
             and _octets(value).rstrip(b"\0") == self._interface.encode()
             and _verdict(verdict)[0] == "NF_ACCEPT"
         )
+
+    def _lets_in(self, rule: Any) -> bool:
+        """True for an accept that names our interface, whatever else it asks for."""
+        accepts, names = False, False
+        for name, data in _parts(rule):
+            if name == "cmp":
+                names = names or _octets(_compared(data)).rstrip(b"\0") == self._interface.encode()
+            accepts = accepts or (name == "immediate" and _verdict(data)[0] == "NF_ACCEPT")
+        return accepts and names
 
     def _accept(self, chain: _Chain, key: int) -> _Step:
         expressions = [*_interface_is(key, self._interface, Cmp.NFT_CMP_EQ), _accept_verdict()]
@@ -356,11 +400,16 @@ def _chains(netlink: NetlinkSocket) -> Iterator[tuple[_Chain, Any]]:
 
 def _forward_chains(chains: Iterable[tuple[_Chain, Any]]) -> Iterator[tuple[_Chain, int]]:
     """Foreign base chains of the forward hook, with their policies."""
+    return _base_chains(chains, _HOOK_FORWARD)
+
+
+def _base_chains(chains: Iterable[tuple[_Chain, Any]], number: int) -> Iterator[tuple[_Chain, int]]:
+    """Foreign base chains that filter at this hook, with their policies."""
     for chain, message in chains:
         hook = message.get_attr("NFTA_CHAIN_HOOK")
         if (
             hook is not None
-            and hook.get_attr("NFTA_HOOK_HOOKNUM") == _HOOK_FORWARD
+            and hook.get_attr("NFTA_HOOK_HOOKNUM") == number
             and message.get_attr("NFTA_CHAIN_TYPE") == "filter"
             and chain.table != TABLE_NAME
         ):
@@ -411,6 +460,12 @@ def _fate(netlink: NetlinkSocket, chain: _Chain, rules: Iterable[Any], depth: in
 def _parts(rule: Any) -> Iterator[tuple[str, Any]]:
     for expression in rule.get_attr("NFTA_RULE_EXPRESSIONS") or ():
         yield expression.get_attr("NFTA_EXPR_NAME"), expression.get_attr("NFTA_EXPR_DATA")
+
+
+def _compared(compare: Any) -> bytes | str:
+    data = compare.get_attr("NFTA_CMP_DATA")
+    value: bytes | str | None = data.get_attr("NFTA_DATA_VALUE") if data is not None else None
+    return value or b""
 
 
 def _verdict(immediate: Any) -> tuple[str, str]:
