@@ -15,7 +15,7 @@ LAB_PACKAGES := ip=iproute2 nft=nftables turnserver=coturn iperf3=iperf3 curl=cu
 BINARY_PACKAGES := objdump=binutils strip=binutils
 TEST_PACKAGES := $(LAB_PACKAGES) $(BINARY_PACKAGES) setcap=libcap2-bin ping=iputils-ping ss=iproute2 dnsmasq=dnsmasq-base
 
-.PHONY: help demo test test-all soak lint bench binary lock clean
+.PHONY: help demo test test-all soak lint bench binary docs lock clean
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -52,6 +52,9 @@ binary: $(READY) ## dist/firezone-gateway, one file
 	@$(MAKE) --no-print-directory $(ENGINE) FZG_REQUIRE_NATIVE=1
 	packaging/freeze $(PY)
 	@ls -l dist/firezone-gateway
+
+docs: $(READY) ## write docs/settings.md anew from the code
+	PYTHONPATH=. $(PY) packaging/settings_page.py
 
 lock: ## write requirements.lock anew from pyproject.toml
 	$(VENV)/bin/pip install -q pip-tools

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from fzg.wire import Malformed
 from fzg.wire.endpoint import Endpoint
@@ -17,6 +17,37 @@ if TYPE_CHECKING:
 DEFAULT_API_URL = "wss://api.firezone.dev"
 DEFAULT_HEALTH_ADDRESS = "0.0.0.0:8080"
 DEFAULT_MAX_PARTITION_TIME = "24h"  # how long a gateway serves on without the portal before it gives up
+
+
+class Variable(NamedTuple):
+    """A variable that is read and has no option."""
+
+    name: str
+    meaning: str
+
+
+ENVIRONMENT = (
+    Variable("RUST_LOG", "What is logged: `level` or `target=level`, separated by commas. Default: `info`."),
+    Variable("CREDENTIALS_DIRECTORY", "Set by systemd; the file `FIREZONE_TOKEN` in it is the token."),
+    Variable(
+        "HTTPS_PROXY", "Proxy for the portal and for uploads, `http://user:password@host:port`; also `ALL_PROXY`."
+    ),
+    Variable("NO_PROXY", "Hosts that are reached without the proxy, separated by commas."),
+    Variable("SSL_CERT_FILE", "Certificates to trust instead of the host's; a file."),
+    Variable("SSL_CERT_DIR", "Certificates to trust instead of the host's; a directory."),
+    Variable("FIREZONE_UDP_SEND_BUFFER_SIZE", "Bytes of each UDP socket's send buffer. Default: 2 MiB."),
+    Variable("FIREZONE_UDP_RECV_BUFFER_SIZE", "Bytes of each UDP socket's receive buffer. Default: 16 MiB."),
+    Variable("FIREZONE_NO_UDP_GSO", "`true`: datagrams leave one by one, for network cards that mangle batches."),
+    Variable("FIREZONE_NO_UDP_GRO", "`true`: datagrams arrive one by one."),
+    Variable("FIREZONE_NO_TUN_OFFLOAD", "`true`: the TUN device carries no super-packets."),
+    Variable("FIREZONE_ENGINE", "`native` or `pure`: the packet engine. Default: native where it was built."),
+    Variable("FIREZONE_CONTROL_SOCKET", "Path of the socket for `status` and the other commands; empty: none."),
+    Variable("RUNTIME_DIRECTORY", "Set by systemd; the control socket is in it."),
+    Variable("XDG_RUNTIME_DIR", "An ordinary user's place for the control socket."),
+    Variable("NOTIFY_SOCKET", "Set by systemd; it is told of readiness and life there."),
+    Variable("WATCHDOG_USEC", "Set by systemd; how often it wants to hear."),
+    Variable("TEMP", "Where the one-file executable unpacks itself; also `TMP`. Needed where `/tmp` is `noexec`."),
+)
 
 _DAY = 86_400
 _UNITS = {

@@ -1,0 +1,48 @@
+"""What the documentation says is what the code does."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fzg.cli import command
+from fzg.settings import ENVIRONMENT
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ENVIRONMENT_HERE = os.environ | {"PYTHONPATH": str(ROOT)}
+A_VARIABLE = re.compile(
+    r"(FIREZONE|FZG|SSL_CERT|XDG|OTLP)_[A-Z_]+|RUST_LOG|(CREDENTIALS|RUNTIME)_DIRECTORY|NOTIFY_SOCKET|WATCHDOG_USEC"
+    r"|(HTTPS|NO)_PROXY|HEALTH_CHECK_ADDR|TE?MP"
+)
+OF_BUILDS = {"FZG_REQUIRE_NATIVE"}
+
+
+def test_the_page_of_settings_is_that_of_the_code():
+    subprocess.run(
+        [sys.executable, "packaging/settings_page.py", "--check"], cwd=ROOT, check=True, env=ENVIRONMENT_HERE
+    )
+
+
+def test_every_variable_that_the_code_reads_is_documented():
+    read = {
+        node.value
+        for path in (ROOT / "fzg").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and A_VARIABLE.fullmatch(node.value)
+    }
+    known = {variable.name for variable in ENVIRONMENT} | {str(param.envvar) for param in command.params}
+    assert read - OF_BUILDS <= known | {"FIREZONE_TOKEN"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    targets = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
+    missing = [each for each in targets if "://" not in each and not (page.parent / each).exists()]
+    assert missing == []
