@@ -30,6 +30,7 @@ from fzg.tunnel.events import (
     SendToClient,
 )
 from fzg.tunnel.flow_record import FlowRecord
+from fzg.tunnel.tunnel import LEAST_CLOCK_STEP
 from fzg.turn.events import Relay
 from fzg.wire import Malformed
 
@@ -53,6 +54,7 @@ NO_RELAYS_INTERVAL = 1.0  # s between two requests for relays (turn 4.5)
 MAX_WAITING_AUTHORIZATIONS = 1000
 SWEEP_INTERVAL = 1.0  # s between reports of what flows carried (design 4)
 FAR_FUTURE = 86_400.0  # s: what an expiry that no clock can hold becomes (tunnel 5.7)
+NOTEWORTHY_CLOCK_STEP = 60.0  # s back; a minute less of access is for the portal and the client to settle
 MAX_UNIX_TIME = 1 << 40  # s: beyond this an expiry is not a date (year 36,000)
 
 
@@ -109,7 +111,8 @@ class Gateway:
         self.tunnel = tunnel
         self.engine = engine
         self.counters: Counter[str] = Counter()
-        self._unix_offset = unix_offset
+        self._wall_offset = unix_offset  # Unix time minus `now`, as the wall clock has it
+        self._unix_offset = unix_offset  # the same for expiries: of the latest time that the wall clock ever had
         self._flow_logs = flow_logs
         self._handles: dict[str, int] = {}
         self._clients: dict[int, str] = {}
@@ -233,11 +236,23 @@ class Gateway:
     # -- time
 
     def handle_clock_step(self, delta: float, now: float) -> None:
-        """The wall clock jumped against CLOCK_BOOTTIME: deadlines move with it, forward only (spec README)."""
-        self._unix_offset += delta
+        """The wall clock jumped against CLOCK_BOOTTIME: expiries follow it forward, never back (tunnel 5.7).
+
+        Who sets the clock back lengthens no access, neither what is granted nor what will be; and setting it right
+        again is no step forward, else every such pair would shorten all access for good.
+        """
+        self._wall_offset += delta
         self.tunnel.flow_log.unix_offset += delta
-        if delta > 0:
-            self.tunnel.handle_clock_step(delta)
+        gained = self._wall_offset - self._unix_offset
+        if gained >= LEAST_CLOCK_STEP:
+            self._unix_offset = self._wall_offset
+            self.tunnel.handle_clock_step(gained)
+        elif delta < 0 and gained <= -NOTEWORTHY_CLOCK_STEP:
+            _LOG.warning(
+                "The wall clock was set back by %d s, which lengthens no access. If it is right now, access ends that "
+                "much too early: restart the gateway. If it is wrong now, set it right.",
+                -gained,
+            )
         self._settle(now)
 
     def handle_timeout(self, now: float) -> None:
@@ -279,6 +294,11 @@ class Gateway:
         self.tunnel.flow_log.close_all(now)
         self._settle(now)
         self.node.shutdown(now)
+
+    @property
+    def client_ids(self) -> list[str]:
+        """The clients that hold something, connected or not."""
+        return list(self._handles)
 
     # -- inside
 

@@ -58,7 +58,7 @@ MAX_CLIENTS = 1 << 16
 SWEEP_BUDGET = 2000
 SWEEP_PAUSE = 0.01  # s
 # Ours: smaller steps of the wall clock are what time synchronisation does all day (spec tunnel 5.7).
-_LEAST_CLOCK_STEP = 1.0
+LEAST_CLOCK_STEP = 1.0  # s
 
 # Packets that change a session's state must be seen here, each of them.
 _UNCACHED_TCP = ip.TCP_SYN | ip.TCP_FIN | ip.TCP_RST
@@ -171,8 +171,8 @@ class Tunnel:
             self._remove(client)
 
     def handle_clock_step(self, delta: float) -> None:
-        """The wall clock went forward against `now`: grants end earlier. Backward steps change nothing."""
-        if delta < _LEAST_CLOCK_STEP:
+        """The wall clock went forward against `now`: grants end earlier. Smaller and backward steps change nothing."""
+        if delta < LEAST_CLOCK_STEP:
             return
         for client in self._clients.values():
             if client.shift_expiries(delta):
@@ -353,6 +353,10 @@ class Tunnel:
     def poll_flow_record(self) -> FlowRecord | None:
         """The next record of the flow log."""
         return self.flow_log.poll_record()
+
+    def client(self, client_id: str) -> Client | None:
+        """The client's rights and sessions, to look at."""
+        return self._clients.get(client_id)
 
     @property
     def client_count(self) -> int:

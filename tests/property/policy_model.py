@@ -24,6 +24,7 @@ CLOSED_LINGER = 5.0
 MOST_PROXIES = 16  # of one AssignedIps (7.3, HARDEN)
 RESOLUTION = 10.0
 DAY = 86_400.0
+LEAST_STEP = 1.0  # of the wall clock
 
 
 @dataclass
@@ -110,7 +111,7 @@ class PolicyModel:
 
     def __init__(self, *, wall_clock: float) -> None:
         """`wall_clock` + now is the time in Unix seconds."""
-        self.wall_clock = wall_clock
+        self.wall_clock = self.furthest = wall_clock
         self.gateway: tuple[bytes, bytes] | None = None
         self.peers: dict[str, Peer] = {}
         self.owners: dict[bytes, str] = {}
@@ -182,17 +183,25 @@ class PolicyModel:
             held.resource = held.resource | {"filters": resource.get("filters", [])}
 
     def _deadline(self, expires_at: int, now: float) -> float:
-        return min(expires_at - self.wall_clock, now + DAY) if expires_at > 1e12 else expires_at - self.wall_clock
+        return now + DAY if expires_at > 1e12 else expires_at - self.furthest
 
     # -- time (5.7, 7.4, 11.1)
 
     def clock_step(self, delta: float) -> None:
-        """The wall clock went forward by `delta`: so does the end of every authorization come nearer."""
+        """Only time that the wall clock never showed before brings the end of authorizations nearer.
+
+        5.7 and the README: forward only, and a step back has no effect. So a step forward that makes up for one back
+        has none either: the text does not say so, but otherwise the pair of them would.
+        """
         self.wall_clock += delta
+        gained = self.wall_clock - self.furthest
+        if gained < LEAST_STEP:
+            return
+        self.furthest = self.wall_clock
         for peer in self.peers.values():
             for held in peer.held.values():
                 if held.expires is not None:
-                    held.expires -= delta
+                    held.expires -= gained
 
     def tick(self, now: float) -> Effects:
         effects = Effects()

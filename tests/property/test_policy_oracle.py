@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 SEQUENCES = int(os.environ.get("FZG_ORACLE_SEQUENCES", "2000"))
 STEPS = 50
 TOKEN = token().reveal()
+WALL_CLOCK = policy_world.UNIX_OFFSET + 0.5
+"""Half a second off, so that what ends at a full second of Unix time ends between two ticks."""
 
 CLIENTS = [f"{digit * 8}-2222-4333-8444-555555555555" for digit in "123"]
 ADDRESSES = [
@@ -84,6 +86,7 @@ DESTINATIONS6 = [
 SOON = (1, 2, 5, 10, 60, 61, 7200)
 PAUSES = (0.0, 0.25, 0.25, 0.5, 0.5, 0.75, 1.0, 1.0, 1.25, 2.0, 5.0, 6.0)
 WAITS = (30.0, 59.0, 60.0, 61.0, 119.0, 120.0, 121.0)
+CLOCK_STEPS = (1.0, 1.25, 3.0, 60.0, 3600.0, -1.0, -1.25, -3.0, -60.0, -3600.0)
 LONG_PAUSES = (7380.0, 7439.0, 7440.0, 7441.0)
 
 Step = tuple[Any, ...]
@@ -130,6 +133,7 @@ class Script:
         answer: Step = ("reply", 0, "data", 1, 1)
         pause: Step = ("pause", r.choice((0.25, 0.5)))
         wait: Step = ("pause", r.choice(WAITS))
+        all_soon = [(0, number, 1) for number in range(8)]
         middle: list[Step] = r.choice(
             [
                 [("again", 0, "fin", b"", 1), ("reply", 0, "fin", 1, 1), data, answer, ("pause", 5.0), ("pause", 0.75)],
@@ -138,8 +142,12 @@ class Script:
                 [data, pause, data, pause, data, pause, data, ("pause", 59.0), ("pause", 0.75)],
                 [data, answer, pause, answer, pause, answer, pause, answer, ("pause", 119.0), ("pause", 0.75)],
                 [("expiry", 0, self.number(), 1), data, answer, pause, data, answer, ("pause", 0.75)],
+                [("expiry", 0, n, r.choice((1, 3))) for n in range(8)]
+                + [("clock", r.choice(CLOCK_STEPS)), data, answer],
+                [("clock", r.choice(CLOCK_STEPS)), ("init", 0, all_soon, self.is_logged), data, pause, data, pause],
+                [("clock", -r.choice(CLOCK_STEPS)), ("clock", r.choice(CLOCK_STEPS)), data, pause, data],
                 [self.init(), pause],
-                [("init", 0, [(0, n, 1) for n in range(8)], self.is_logged), data, pause, data, pause, data, pause],
+                [("init", 0, all_soon, self.is_logged), data, pause, data, pause, data, pause],
                 [
                     ("init", 1, None, self.is_logged),
                     ("packet", 0, udp(ADDRESSES[0][0][0], GATEWAYS[1][0], 5000, 53), 0, 0),
@@ -172,7 +180,7 @@ class Script:
             (2, self.expiry),
             (1, lambda: ("fail", self.client())),
             (1, self.control),
-            (1, lambda: ("clock", self.random.choice([1.0, 3.0, 60.0, 3600.0]))),
+            (1, lambda: ("clock", self.random.choice(CLOCK_STEPS))),
             (1, lambda: ("portal", self.random.random() < 0.5)),
             (1, self.nonsense),
         ]
@@ -454,7 +462,7 @@ class Both:
     """The gateway and the model, and what they said in the current step."""
 
     world: policy_world.World
-    model: PolicyModel = field(default_factory=lambda: PolicyModel(wall_clock=policy_world.UNIX_OFFSET))
+    model: PolicyModel = field(default_factory=lambda: PolicyModel(wall_clock=WALL_CLOCK))
     expected: Effects = field(default_factory=Effects)
     seen: list[Seen] = field(default_factory=list)
     packets: int = 0
@@ -689,7 +697,7 @@ def _shown(value: Any) -> str:
 
 def differs(make_engine: Callable[[], Any], steps: list[Step]) -> str | None:
     """What gateway and model disagree on, and where; None if they agree."""
-    both = Both(policy_world.World(make_engine))
+    both = Both(policy_world.World(make_engine, unix_offset=WALL_CLOCK))
     try:
         for number, step in enumerate(steps):
             try:

@@ -164,7 +164,7 @@ class BareNode:
 class World:
     """One gateway. What it lets out is collected until it is taken."""
 
-    def __init__(self, make_engine: Any = PureEngine) -> None:
+    def __init__(self, make_engine: Any = PureEngine, *, unix_offset: float = UNIX_OFFSET) -> None:
         self.now = START
         self.engine = make_engine()
         self.tun, self.kernel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
@@ -179,7 +179,7 @@ class World:
             node=self.node,  # type: ignore[arg-type]
             tunnel=Tunnel(now=self.now),
             engine=self.engine,
-            unix_offset=UNIX_OFFSET,
+            unix_offset=unix_offset,
             now=self.now,
         )
         self.acknowledged: list[str] = []

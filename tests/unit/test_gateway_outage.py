@@ -164,6 +164,9 @@ def test_a_forward_step_of_the_wall_clock_ends_authorizations_earlier():
     w.gateway.core.handle_clock_step(-5000.0, w.net.now)
     w.net.run(3.0)
     assert w.traffic_flows()
+    w.gateway.core.handle_clock_step(5000.0, w.net.now)
+    w.net.run(3.0)
+    assert w.traffic_flows(), "back to where it was"
     w.gateway.core.handle_clock_step(1001.0, w.net.now)
     assert not w.reaches()
     w.net.run(2.0)
