@@ -25,9 +25,10 @@ from fzg.host.nameservers import Nameservers, Upstream
 from fzg.host.network import INTERFACE, HostError, HostNetwork, MasqueradeMode, Report
 from fzg.host.resolver import Resolver
 from fzg.node.node import Node
-from fzg.ops import logs
+from fzg.ops import control, logs
 from fzg.ops.flow_logs import FlowLogs
 from fzg.ops.health import Health
+from fzg.ops.requests import Requests
 from fzg.portal import identity, url, user_agent
 from fzg.portal.backoff import Reconnect
 from fzg.portal.dial import DialOptions
@@ -168,6 +169,9 @@ class App:
             dialing=DialOptions(resolve=_addresses_of, ssl_context=trusted.context, proxy=proxy, mark=self._mark),
             reconnect=Reconnect(random=os.urandom, max_partition=settings.max_partition_time),
         )
+        requests = Requests(gateway=self._gateway, portal=self._portal, not_ready_because=self.not_ready_because)
+        self._control = control.ControlServer(control.places(os.environ), requests.handlers())
+        self._control.start()
         self._essential("timer", self._run_timer)
         self._essential("flusher", self._run_flusher)
         for opened in self._sockets:
@@ -471,6 +475,7 @@ class App:
         self._engine.flush()
         self._carry_out()
         self._health.stop()
+        self._control.stop()
         self._nameservers.stop()
         self._dns_server.close()
         self._restore_host()

@@ -113,6 +113,9 @@ class PortalConnection:
         timing: Timing | None = None,
     ) -> None:
         self.last_error: str | None = None
+        self.joined_at: float | None = None  # times are of `clock`; the last join
+        self.parted_at: float | None = None  # when the last connection that was joined ended
+        self.dials_at: float | None = None  # when the next dial is due, while none is under way
         self._login = login
         self._handler = handler
         self._dialing = dialing
@@ -126,6 +129,11 @@ class PortalConnection:
         self._inbound: queue.Queue[Inbound] = queue.Queue(maxsize=INBOUND_QUEUE)
         self._closing = Event()
         self._finished = Event()
+
+    @property
+    def host(self) -> str:
+        """The portal's host, as in the URL."""
+        return self._login.url.host
 
     @property
     def state(self) -> State:
@@ -256,6 +264,7 @@ class PortalConnection:
         """Runs one WebSocket to its end; returns why it ended."""
         # Portals before March 2025 crash on an event they do not know; the v2 path is younger than this one (2.3).
         capabilities = SetSnownetCapabilities(iceless=False) if self._path is ApiPath.V2 else None
+        before = self.joined_at
         session = Session(
             stream,
             Channel(now=self._clock(), capabilities=capabilities, timing=self._timing),
@@ -271,10 +280,13 @@ class PortalConnection:
         finally:
             self._session = None
             self._unsent = session.unsent()
+            if self.joined_at != before:
+                self.parted_at = self._clock()
 
     def _handle_joined(self) -> None:
         _LOG.info("Connected to the portal host=%s", self._login.url.host)
         self._reconnect.handle_joined()
+        self.joined_at = self._clock()
         self.last_error = None
         self._handler.on_connected()
 
@@ -289,6 +301,8 @@ class PortalConnection:
     def _pause(self, delay: float) -> bool:
         """Waits; True when the connection is to be closed."""
         end = self._clock() + delay
+        self.dials_at = end
         while (left := end - self._clock()) > 0 and not self._closing.wait(min(left, MAX_SLEEP_S)):
             pass
+        self.dials_at = None
         return bool(self._closing.is_set())

@@ -75,6 +75,11 @@ class Client:
         """Whether nothing is granted, so that the client can be forgotten."""
         return not self._authorizations
 
+    @property
+    def resource_count(self) -> int:
+        """How many resources are granted."""
+        return len(self._authorizations)
+
     def classify(self, ip: bytes, protocol: int, value: int | None, now: float) -> Authorization | Refusal:
         """Who admits a packet whose remote IP and protocol value these are (spec 5.4)."""
         if self._internet and not is_proxy(ip):

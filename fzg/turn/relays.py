@@ -30,13 +30,19 @@ _TYPE_PREFERENCE: Final = {Kind.HOST: 126, Kind.SRFLX: 100, Kind.RELAY: 2}  # sp
 
 
 class RelayStatus(NamedTuple):
-    """One relay for status displays. `rtt` in seconds."""
+    """One relay for status displays. `rtt` in seconds.
+
+    `mapped`: our sockets, and where this relay sees them. `is_near`: new connections may get this relay.
+    """
 
     id: str
     state: State
     rtt: float | None
     relayed: tuple[Endpoint, ...]
     channels: int
+    sockets: tuple[Endpoint, ...]
+    mapped: tuple[tuple[Endpoint, Endpoint], ...]
+    is_near: bool
 
 
 class RelaySet:
@@ -147,16 +153,8 @@ class RelaySet:
 
     def sample(self, now: float) -> str | None:  # noqa: ARG002 - questions take the time, like inputs
         """The relay for a new connection, at random among the near ones; None before any has answered."""
-        timed = [(allocation.rtt, allocation) for allocation in self._allocations.values()]
-        known = [(rtt, allocation) for rtt, allocation in timed if rtt is not None]
-        # A suspended relay cannot carry a relayed connection (DEV 15).
-        active = [(rtt, allocation) for rtt, allocation in known if allocation.state is State.ACTIVE]
-        choices = active or known
-        if not choices:
-            return None
-        limit = threshold([rtt for rtt, _ in choices])
-        near = [allocation.relay.id for rtt, allocation in choices if rtt <= limit]
-        return near[int(random_unit(self._random) * len(near))]
+        near = self._near()
+        return near[int(random_unit(self._random) * len(near))] if near else None
 
     def candidates(self, selected: str) -> list[LocalCandidate]:
         """Host and reflexive candidates of all relays and the relay candidates of one, best first, each once."""
@@ -207,8 +205,18 @@ class RelaySet:
 
     def status(self) -> list[RelayStatus]:
         """The relays as they are."""
+        near = self._near()
         return [
-            RelayStatus(relay_id, one.state, one.rtt, tuple(one.relayed.values()), one.channel_count)
+            RelayStatus(
+                relay_id,
+                one.state,
+                one.rtt,
+                tuple(one.relayed.values()),
+                one.channel_count,
+                one.relay.sockets,
+                tuple((each.base, each.address) for each in one.reflexive_candidates() if each.kind is Kind.SRFLX),
+                relay_id in near,
+            )
             for relay_id, one in self._allocations.items()
         ]
 
@@ -244,6 +252,18 @@ class RelaySet:
         return events.popleft() if events else None
 
     # -- membership
+
+    def _near(self) -> list[str]:
+        """The relays among which `sample` chooses."""
+        timed = [(allocation.rtt, allocation) for allocation in self._allocations.values()]
+        known = [(rtt, allocation) for rtt, allocation in timed if rtt is not None]
+        # A suspended relay cannot carry a relayed connection (DEV 15).
+        active = [(rtt, allocation) for rtt, allocation in known if allocation.state is State.ACTIVE]
+        choices = active or known
+        if not choices:
+            return []
+        limit = threshold([rtt for rtt, _ in choices])
+        return [allocation.relay.id for rtt, allocation in choices if rtt <= limit]
 
     def _upsert(self, relay: Relay, listed: set[str], now: float) -> bool:
         """Hold this relay as described; false if it cannot be."""

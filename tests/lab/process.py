@@ -107,6 +107,11 @@ class Process:
                     os.close(descriptor)
 
     @property
+    def environment(self) -> Mapping[str, str]:
+        """What it was started with."""
+        return self._environment
+
+    @property
     def pid(self) -> int:
         """Its process id."""
         assert self._popen is not None, f"{self.name} is not running"

@@ -162,15 +162,25 @@ class Host:
 class Gateway(Host):
     """The gateway under test. `process` is its process; `id` its id at the portal once it joined."""
 
-    def __init__(self, place: Attachment, process: Process, portal: PortalProcess) -> None:
+    def __init__(
+        self, place: Attachment, process: Process, portal: PortalProcess, command: Sequence[str | Path]
+    ) -> None:
         super().__init__("gateway", place)
         self.process = process
         self._portal = portal
+        self._command = command
 
     @property
     def id(self) -> str:
         """The id that the portal gave it."""
         return self._portal.wait_gateway()
+
+    def command(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """One of the operator's commands, asked of this gateway."""
+        socket = self.process.environment.get("FIREZONE_CONTROL_SOCKET")
+        variables = lab_environment() | ({"FIREZONE_CONTROL_SOCKET": socket} if socket else {})
+        assignments = [f"{name}={value}" for name, value in variables.items()]
+        return self.run("env", *assignments, *map(str, self._command), *words, check=check)
 
     @property
     def tunnel_ipv4(self) -> str | None:
@@ -381,9 +391,11 @@ class Lab:
         if self.portal.ca_file is not None:
             environment["SSL_CERT_FILE"] = str(self.portal.ca_file)
         command = [*scenario.gateway_wrapper, *scenario.gateway_command]
+        if not scenario.gateway_wrapper:  # other users cannot write here; they have their own default
+            environment["FIREZONE_CONTROL_SOCKET"] = str(self.directory / "control.sock")
         environment |= scenario.gateway_environment
         process = self._spawn("gateway", command, place.namespace, environment)
-        self.gateway = Gateway(place, process, self.portal)
+        self.gateway = Gateway(place, process, self.portal, command)
         if wait:
             self.wait_gateway_ready()
         return self.gateway

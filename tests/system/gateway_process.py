@@ -67,6 +67,8 @@ class Gateway:
         }
         if portal is not None:
             variables["FIREZONE_API_URL"] = f"ws://127.0.0.1:{portal.port}"
+        if not prefix:  # another user could not write there
+            variables["FIREZONE_CONTROL_SOCKET"] = str(namespace_files(namespace) / "control.sock")
         variables |= environment
         unset = [part for name, value in variables.items() if value is None for part in ("-u", name)]
         handle, path = tempfile.mkstemp(prefix="gateway-", suffix=".log", dir=namespace_files(namespace))
