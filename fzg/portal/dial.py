@@ -15,6 +15,7 @@ import io
 import logging
 import os
 import socket as stdlib_socket
+import ssl
 import struct
 import time
 from dataclasses import dataclass
@@ -24,10 +25,10 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import gevent
 from gevent import queue, socket
 
+from fzg.portal import remedy
 from fzg.portal.problem import Rejection, parse_rejection
 
 if TYPE_CHECKING:
-    import ssl
     from collections.abc import Callable, Mapping, Sequence
 
     from fzg.portal.proxy import Proxy
@@ -67,7 +68,8 @@ class Rejected(DialError):  # noqa: N818 - the field's word
     """The upgrade was answered with something other than 101."""
 
     def __init__(self, rejection: Rejection) -> None:
-        super().__init__(str(rejection))
+        advice = remedy.for_rejection(rejection)
+        super().__init__(f"{rejection}; {advice}" if advice else str(rejection))
         self.rejection = rejection
 
 
@@ -111,6 +113,9 @@ def dial(url: PortalUrl, target: str, headers: Mapping[str, str], options: DialO
     except BaseException as error:
         if stream is not None:
             stream.close()
+        if isinstance(error, ssl.SSLError):
+            advice = remedy.for_tls(error, time.time())
+            raise DialError(f"connecting to {url.host} failed: {error}; {advice}") from error
         if isinstance(error, OSError):
             raise DialError(f"connecting to {url.host} failed: {error}") from error
         raise
@@ -122,7 +127,8 @@ def find(host: str, options: DialOptions) -> list[str]:
     proxy = options.proxy
     addresses = resolve(host if proxy is None else proxy.host, options)
     if not addresses:
-        raise DialError(f"{host} has no addresses" if proxy is None else f"the proxy {proxy.host} has no addresses")
+        named = host if proxy is None else f"the proxy {proxy.host}"
+        raise DialError(f"{named} has no addresses; {remedy.NAME}")
     return addresses
 
 
@@ -178,7 +184,8 @@ def connect_any(addresses: Sequence[str], port: int, *, mark: int | None, timeou
             _, late = outcomes.get()
             if not isinstance(late, OSError):
                 late.close()
-    raise DialError("no address accepted: " + "; ".join(f"{address}: {why}" for address, why in failures.items()))
+    reasons = "; ".join(f"{address}: {why}" for address, why in failures.items())
+    raise DialError(f"no address accepted: {reasons}; {remedy.for_connection(port)}")
 
 
 class _OutOfTimeError(Exception):

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from fzg.portal import remedy
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -31,7 +33,7 @@ class TokenInvalid(FatalPortalError):  # noqa: N818 - names what is wrong, as al
     """The portal does not accept the token, or no longer does."""
 
     def __init__(self) -> None:
-        super().__init__("the authentication token is invalid, expired or was revoked")
+        super().__init__(f"the authentication token is invalid, expired or was revoked; {remedy.TOKEN}")
 
 
 class AuthenticationFailed(FatalPortalError):  # noqa: N818
