@@ -6,7 +6,9 @@ import os
 from pathlib import Path
 from typing import Final
 
-_CAP_NET_ADMIN: Final = 12  # bit number, capability.h
+# Bit numbers, capability.h.
+CAP_NET_ADMIN: Final = 12
+CAP_MKNOD: Final = 27
 _STATUS: Final = Path("/proc/self/status")
 
 
@@ -14,7 +16,7 @@ def has_net_admin(*, status: Path = _STATUS, uid: int | None = None) -> bool:
     """True for root and for a process whose effective set has CAP_NET_ADMIN."""
     if (os.getuid() if uid is None else uid) == 0:
         return True
-    return bool(effective_capabilities(status) >> _CAP_NET_ADMIN & 1)
+    return bool(effective_capabilities(status) >> CAP_NET_ADMIN & 1)
 
 
 def effective_capabilities(status: Path = _STATUS) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -47,13 +48,13 @@ def enable_forwarding(*, enable_ipv6: bool, root: Path = _PROC_SYS) -> Report:
     """
     report = Report()
     wanted = [setting for setting in FORWARDING if not setting.name.startswith(_IPV6) or _is_there(root, setting)]
-    disabled = _read(root, _DISABLE_IPV6) == "1"
+    disabled = read(_DISABLE_IPV6, root) == "1"
     if disabled and not enable_ipv6:
         wanted = [setting for setting in wanted if setting.name != _DISABLE_IPV6]
         report.notes.append(
             f"IPv6 is disabled on this host and stays so. To serve IPv6 too, run as root: sysctl -w {_DISABLE_IPV6}=0"
         )
-    if _read(root, "net.ipv6.conf.all.forwarding") == "0":
+    if read("net.ipv6.conf.all.forwarding", root) == "0":
         _keep_router_advertisements(root)
     refused = [(setting, reason) for setting in wanted if (reason := _write(root, setting))]
     if refused:
@@ -69,7 +70,7 @@ def raise_buffer_ceilings(*, root: Path = _PROC_SYS) -> Report:
     """Raise `rmem_max` and `wmem_max`, never lower them; a refusal is a note, privileged sockets exceed the ceiling."""
     report = Report()
     for name, wanted in (("net.core.rmem_max", RECEIVE_BUFFER_BYTES), ("net.core.wmem_max", SEND_BUFFER_BYTES)):
-        present = _read(root, name)
+        present = read(name, root)
         if not present.isdigit() or int(present) >= wanted:
             continue  # a network namespace of an older kernel has no such parameter
         reason = _write(root, Setting(name, str(wanted)))
@@ -83,7 +84,7 @@ def raise_buffer_ceilings(*, root: Path = _PROC_SYS) -> Report:
 def _keep_router_advertisements(root: Path) -> None:
     """Interfaces that learn routes from routers would forget them when forwarding begins, unless accept_ra is 2."""
     for parameter in _interfaces_with(root, "accept_ra", "1"):
-        if _read(root, parameter.replace(".accept_ra", ".forwarding")) == "0":
+        if read(parameter.replace(".accept_ra", ".forwarding"), root) == "0":
             _write(root, Setting(parameter, "2"))
 
 
@@ -108,7 +109,7 @@ def _is_there(root: Path, setting: Setting) -> bool:
     return _path(root, setting.name).exists()
 
 
-def _read(root: Path, name: str) -> str:
+def read(name: str, root: Path = _PROC_SYS) -> str:
     """The value, or an empty string where there is no such parameter."""
     try:
         return _path(root, name).read_text(encoding="utf-8").strip()
@@ -116,9 +117,18 @@ def _read(root: Path, name: str) -> str:
         return ""
 
 
+def is_writable(name: str, root: Path = _PROC_SYS) -> bool:
+    """Whether this process may change it: opening asks the kernel, and changes nothing."""
+    try:
+        os.close(os.open(_path(root, name), os.O_WRONLY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
+
+
 def _write(root: Path, setting: Setting) -> str:
     """Set it unless it is set; why that failed, or nothing."""
-    if _read(root, setting.name) == setting.value:
+    if read(setting.name, root) == setting.value:
         return ""
     try:
         _path(root, setting.name).write_text(setting.value, encoding="utf-8")
