@@ -16,7 +16,7 @@ from fzg.node.node import ConnectionEstablished, ConnectionFailed, Node, NoRelay
 from fzg.node.signalling import CandidateMessage
 from fzg.portal import messages
 from fzg.sansio import Deadline, Transmit, earliest
-from fzg.tunnel import filters, ingest_token, resources
+from fzg.tunnel import filters, ingest_token, resources, traffic
 from fzg.tunnel.events import (
     ClientEmpty,
     ClientGone,
@@ -116,6 +116,7 @@ class Gateway:
         self._flow_logs = flow_logs
         self._handles: dict[str, int] = {}
         self._clients: dict[int, str] = {}
+        self._traffic: dict[int, traffic.Traffic] = {}
         self._new_handles = count(1)
         self._waiting = _Waiting()
         self._joined = False
@@ -203,6 +204,7 @@ class Gateway:
         match self.tunnel.handle_inner_packet(client_id, packet, ecn, now, path):
             case Forward(packet=forwarded, flow=flow):
                 self.engine.write_tun(forwarded, peer)
+                self._traffic[peer].count(1, traffic.payload_length(forwarded), inbound=True)
                 self._install(peer, flow, inbound=True)
             case Reply(packet=reply):
                 self._send(client_id, reply, now)
@@ -219,13 +221,18 @@ class Gateway:
                 if self._send(client_id, delivered, now, revocable=True):
                     if tally is not None:
                         self.tunnel.handle_delivered(tally, now)
-                    self._install(self._handles[client_id], flow, inbound=False)
+                    handle = self._handles[client_id]
+                    self._traffic[handle].count(1, traffic.payload_length(delivered), inbound=False)
+                    self._install(handle, flow, inbound=False)
             case Drop(reason=reason):
                 self.counters[f"to client: {reason}"] += 1
         self._settle(now)
 
     def handle_flow_report(self, token: int, packets: int, payload_bytes: int, last_packet: float) -> None:
         """What a flow carried in the engine."""
+        token, handle, inbound = traffic.unmark(token)
+        if (counted := self._traffic.get(handle)) is not None:
+            counted.count(packets, payload_bytes, inbound=inbound)
         self.tunnel.handle_flow_report(token, packets, payload_bytes, last_packet)
 
     def handle_resolved(self, request: int, addresses: Sequence[IPv4Address | IPv6Address] | None, now: float) -> None:
@@ -300,6 +307,11 @@ class Gateway:
         """The clients that hold something, connected or not."""
         return list(self._handles)
 
+    def traffic(self, client_id: str) -> traffic.Traffic | None:
+        """What the client sent and received, to the second."""
+        handle = self._handles.get(client_id)
+        return self._traffic[handle] if handle is not None else None
+
     # -- inside
 
     def _handle_init(self, init: messages.Init, now: float) -> None:
@@ -354,6 +366,7 @@ class Gateway:
             return
         self._handles[client.id] = handle
         self._clients[handle] = client.id
+        self._traffic.setdefault(handle, traffic.Traffic())
         _LOG.info(
             "Access allowed cid=%s rid=%s expires_in=%s",
             client.id,
@@ -426,15 +439,17 @@ class Gateway:
         return reason is None
 
     def _install(self, handle: int, flow: Flow | None, *, inbound: bool) -> None:
-        if flow is not None:
+        if flow is not None and flow.token >> traffic.TOKEN_BITS == 0:
+            token = traffic.mark(flow.token, handle, inbound=inbound)
             self.engine.install_flow(
-                handle, flow.key, inbound=inbound, rewrite=flow.rewrite, valid_until=flow.valid_until, token=flow.token
+                handle, flow.key, inbound=inbound, rewrite=flow.rewrite, valid_until=flow.valid_until, token=token
             )
 
     def _forget(self, client_id: str) -> None:
         handle = self._handles.pop(client_id, None)
         if handle is not None:
             del self._clients[handle]
+            del self._traffic[handle]
             self.engine.remove_peer(handle)
 
     def _tell_portal(self, message: messages.Outbound) -> None:

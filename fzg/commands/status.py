@@ -3,19 +3,69 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+import time
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from fzg.commands.connection import RefusedError, ask
+from fzg.commands.connection import RefusedError, ask, printable
+from fzg.settings import SettingError, parse_duration
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from rich.console import RenderableType
+    from rich.table import Table
+
+# Half a second of a core's time with a thousand clients; people do not read faster than this either.
+DEFAULT_REFRESH = 2.0  # s
+SHORTEST_REFRESH = 0.2  # s
+
+
+class _Seconds(click.ParamType[float, Any]):
+    """A plain number of seconds, or a duration as other options take it."""
+
+    name = "SECONDS"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            seconds = float(value) if not isinstance(value, str) or value[-1:].isdigit() else parse_duration(value)
+        except (ValueError, SettingError):
+            self.fail(f"{value!r} is no number of seconds", param, ctx)
+        if not SHORTEST_REFRESH <= seconds <= 86_400:
+            self.fail(f"{value} is not between {SHORTEST_REFRESH:g} s and a day", param, ctx)
+        return seconds
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(*, as_json: bool) -> None:
-    """Show portal, relays and clients of the gateway that runs on this host."""
-    shown = fetch()
-    click.echo(json.dumps(shown, indent=None if as_json else 2))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; with --watch one line per refresh.")
+@click.option(
+    "--watch",
+    type=_Seconds(),
+    is_flag=False,
+    flag_value=f"{DEFAULT_REFRESH:g}",
+    metavar="[SECONDS]",
+    help=f"Refresh until interrupted, by default every {DEFAULT_REFRESH:g} seconds.",
+)
+def command(*, as_json: bool, watch: float | None) -> None:
+    """Show portal, relays and clients of the gateway that runs on this host, and why clients are relayed."""
+    if watch is None:
+        shown = fetch()
+        if as_json:
+            click.echo(json.dumps(shown, indent=2))
+        else:
+            from rich.console import Console
+
+            Console(highlight=False).print(render(shown))
+        return
+    try:
+        if as_json:
+            while True:
+                click.echo(json.dumps(fetch()))
+                time.sleep(watch)
+        _watch(watch)
+    except KeyboardInterrupt:
+        pass
 
 
 def fetch() -> dict[str, Any]:
@@ -25,3 +75,142 @@ def fetch() -> dict[str, Any]:
     if shown is None:
         raise RefusedError("the gateway hung up without an answer; is it shutting down?")
     return shown | {"clients": [client for line in lines for client in line["clients"]]}
+
+
+def _watch(seconds: float) -> None:
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console(highlight=False)
+    with Live(render(fetch()), console=console, auto_refresh=False, screen=console.is_terminal) as live:
+        while True:
+            time.sleep(seconds)
+            live.update(render(fetch()), refresh=True)
+
+
+# -- for people
+
+
+def render(shown: Mapping[str, Any]) -> RenderableType:
+    """Tables of everything; only what deserves attention is coloured."""
+    from rich.console import Group
+
+    parts: list[RenderableType] = [_summary(shown), "", _relays(shown["relays"])]
+    if shown["clients"]:
+        parts += ["", _clients(shown["clients"])]
+        why = [each for each in shown["clients"] if each.get("relayed_because")]
+        parts += [f"  {_short(each['id'])} is relayed because {_plain(each['relayed_because'])}" for each in why]
+    if shown["drops"]:
+        parts += ["", _drops(shown["drops"])]
+    return Group(*parts)
+
+
+def _summary(shown: Mapping[str, Any]) -> RenderableType:
+    from rich.table import Table
+
+    portal, nat = shown["portal"], shown["nat"]
+    table = Table.grid(padding=(0, 2))
+    ready = "[green]ready[/]" if shown["ready"] else f"[red]not ready[/]: {_plain(shown['not_ready_because'])}"
+    engine = "native engine" if shown["engine"] == "native" else "engine in Python (slower)"
+    table.add_row("Gateway", f"{shown['version']}, {engine}, up {duration(shown['uptime'])}, {ready}")
+    table.add_row("Portal", f"{_plain(portal['host'])}, {_portal_state(portal)}")
+    seen = f", seen at {', '.join(nat['seen_at'])}" if nat["seen_at"] else ""
+    table.add_row("NAT", f"{nat['kind']}{seen}: {nat['explained']}")
+    table.add_row("Clients", str(shown["client_count"]))
+    return table
+
+
+def _portal_state(portal: Mapping[str, Any]) -> str:
+    if portal["state"] == "connected":
+        return f"[green]connected[/] for {duration(portal['connected_for'])}"
+    parts = [f"[red]{portal['state']}[/]"]
+    if portal["partition_age"] is not None:
+        parts.append(f"away for {duration(portal['partition_age'])}")
+    if portal["next_attempt_in"] is not None:
+        parts.append(f"next attempt in {duration(portal['next_attempt_in'])}")
+    if portal["last_error"]:
+        parts.append(f"last error: {_plain(portal['last_error'])}")
+    return ", ".join(parts)
+
+
+def _relays(relays: Sequence[Mapping[str, Any]]) -> RenderableType:
+    if not relays:
+        return "[red]No relays[/]: no client can connect until the portal sends some"
+    table = _table("Relay", "Address", "State", "Round trip", "Chosen", "Clients")
+    for each in relays:
+        round_trip = f"{each['rtt_ms']:.1f} ms" if each["rtt_ms"] is not None else "no answer yet"
+        chosen = "yes" if each["chosen"] else "no"
+        addresses = "\n".join(each["addresses"])
+        table.add_row(_short(each["id"]), addresses, each["state"], round_trip, chosen, str(each["clients"]))
+    return table
+
+
+def _clients(clients: Sequence[Mapping[str, Any]]) -> RenderableType:
+    table = _table("Client", "State", "Path", "Remote", "Age", "Handshake", "From client", "To client", "Resources")
+    for each in clients:
+        path = each["path"] or "-"
+        table.add_row(
+            _short(each["id"]),
+            each["state"],
+            f"[yellow]{path}[/]" if each.get("relayed") else path,
+            each.get("remote", "-"),
+            duration(each["age"]),
+            duration(each["handshake_age"]),
+            amount(each["received"]),
+            amount(each["sent"]),
+            str(each["resources"]),
+        )
+    return table
+
+
+def _drops(drops: Mapping[str, int]) -> RenderableType:
+    table = _table("Dropped, because", "Count")
+    for reason, total in drops.items():
+        table.add_row(_plain(reason), f"{total:,}")
+    return table
+
+
+def _table(*columns: str) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold", justify="right" if column in {"Count", "Clients"} else "left")
+    return table
+
+
+def duration(seconds: float | None) -> str:
+    """`4.2s`, `3m07s`, `5h02m`, `3d04h`; `-` for None."""
+    if seconds is None:
+        return "-"
+    whole = int(seconds)
+    if seconds < 60:
+        return f"{seconds:.1f}s" if seconds < 10 else f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02}s"
+    if whole < 86_400:
+        return f"{whole // 3600}h{whole // 60 % 60:02}m"
+    return f"{whole // 86_400}d{whole // 3600 % 24:02}h"
+
+
+def amount(carried: Mapping[str, int]) -> str:
+    """`1.5 MiB / 1,200`: bytes and packets."""
+    size, unit = float(carried["bytes"]), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB", "PiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    shown = f"{size:.0f}" if unit == "B" else f"{size:.1f}"
+    return f"{shown} {unit} / {carried['packets']:,}"
+
+
+def _short(identity: str) -> str:
+    """The first part of a UUID: enough to tell, and to give to other commands."""
+    return _plain(identity[:8])
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(printable(text))

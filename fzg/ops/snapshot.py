@@ -51,7 +51,7 @@ class WhyRelayed(StrEnum):
 
     NO_DIRECT_CANDIDATE = "the client offered no address of its own"
     NO_COMMON_FAMILY = "the client and this gateway share no IP version"
-    NAT_BY_DESTINATION = "our NAT maps by destination"
+    NAT_BY_DESTINATION = "our NAT maps by destination (see NAT above)"
     NO_DIRECT_CHECK = "no direct check succeeded: a firewall, or the client's NAT maps by destination"
 
 
@@ -84,8 +84,8 @@ def engine_name(engine: Engine) -> str:
 
 def client(gateway: Gateway, client_id: str, now: float) -> dict[str, Any] | None:
     """One client; None when it is gone."""
-    known = gateway.tunnel.client(client_id)
-    if known is None:
+    known, carried = gateway.tunnel.client(client_id), gateway.traffic(client_id)
+    if known is None or carried is None:
         return None
     connection = gateway.node.connection(client_id)
     shown: dict[str, Any] = {
@@ -97,6 +97,8 @@ def client(gateway: Gateway, client_id: str, now: float) -> dict[str, Any] | Non
         "age": None,
         "handshake_age": None,
         "path": None,
+        "received": {"packets": carried.received_packets, "bytes": carried.received_bytes},
+        "sent": {"packets": carried.sent_packets, "bytes": carried.sent_bytes},
     }
     return shown | (_connection(gateway, connection, now) if connection is not None else {})
 

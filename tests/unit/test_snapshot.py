@@ -1,0 +1,164 @@
+"""What `status` says of the core: NAT kind, paths and why they are relayed."""
+
+from __future__ import annotations
+
+import io
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from fzg.commands.status import amount, duration, render
+from fzg.node.path import PathKind
+from fzg.ops import snapshot
+from fzg.ops.snapshot import NatKind
+from fzg.portal.websocket import State
+from fzg.turn.allocation import State as RelayState
+from fzg.turn.relays import RelayStatus
+from fzg.wire.candidate import Kind
+from fzg.wire.endpoint import Endpoint
+from tests.unit.gateway_world import CLIENT_ID, SETTLED, close_worlds, world  # noqa: F401
+
+HERE = Endpoint.parse("192.168.1.5:52625")
+
+
+def relay(*mapped, rtt=0.01):
+    pairs = tuple((HERE, Endpoint.parse(each)) for each in mapped)
+    return RelayStatus("r", RelayState.ACTIVE, rtt, (), 0, (), pairs, is_near=True)
+
+
+@pytest.mark.parametrize(
+    ("relays", "kind"),
+    [
+        ([], NatKind.UNKNOWN),
+        ([relay(rtt=None)], NatKind.UNKNOWN),
+        ([relay()], NatKind.NONE),
+        ([relay("192.168.1.5:52625")], NatKind.NONE),
+        ([relay("203.0.113.9:52625")], NatKind.SOME),
+        ([relay("203.0.113.9:52625"), relay("203.0.113.9:52625")], NatKind.ENDPOINT_INDEPENDENT),
+        ([relay("203.0.113.9:52625"), relay("203.0.113.9:1024")], NatKind.BY_DESTINATION),
+        ([relay("203.0.113.9:52625"), relay("192.168.1.5:52625")], NatKind.SOME),
+    ],
+)
+def test_the_kind_of_nat_follows_from_where_relays_see_us(relays, kind):
+    assert snapshot.nat_kind(relays) == kind
+
+
+def portal(**fields):
+    values = {"host": "portal.test", "joined_at": None, "parted_at": None, "dials_at": None, "last_error": None}
+    return SimpleNamespace(**(values | {"state": State.CONNECTED} | fields))
+
+
+def overview(w, door=None):
+    return snapshot.overview(
+        w.gateway.core,
+        door or portal(joined_at=w.net.now),
+        now=w.net.now,
+        started=w.net.now - 90,
+        not_ready_because=None,
+    )
+
+
+def connected(**placement):
+    w = world(**placement).start()
+    w.connect()
+    w.net.run(SETTLED)
+    return w
+
+
+def test_a_direct_client_has_a_path_and_no_reason_to_be_relayed():
+    w = connected()
+    shown = snapshot.client(w.gateway.core, CLIENT_ID, w.net.now)
+    assert shown["path"] == "PeerToPeer"
+    assert shown["relayed"] is False
+    assert shown["relayed_because"] is None
+    assert shown["remote"] == "203.0.113.7:52625"
+    assert shown["resources"] == 1
+    assert 0 <= shown["handshake_age"] <= shown["age"] < 10
+    json.dumps(shown)
+
+
+@pytest.mark.parametrize(
+    ("placement", "why"),
+    [
+        ({"gateway": "symmetric", "client": "symmetric"}, snapshot.WhyRelayed.NAT_BY_DESTINATION),
+        ({"gateway": "nat", "client": "symmetric"}, snapshot.WhyRelayed.NO_DIRECT_CHECK),
+    ],
+)
+def test_a_relayed_client_says_why(placement, why):
+    w = connected(**placement)
+    shown = snapshot.client(w.gateway.core, CLIENT_ID, w.net.now)
+    assert shown["path"] in {"RelayToPeer", "PeerToRelay", "RelayToRelay"}
+    assert shown["relayed"] is True
+    assert shown["relayed_because"] == why
+
+
+@pytest.mark.parametrize(
+    ("theirs", "why"),
+    [
+        ([], snapshot.WhyRelayed.NO_DIRECT_CANDIDATE),
+        (["relay 198.51.100.101:3000"], snapshot.WhyRelayed.NO_DIRECT_CANDIDATE),
+        (["host [2001:db8::7]:52625"], snapshot.WhyRelayed.NO_COMMON_FAMILY),
+    ],
+)
+def test_a_client_without_a_usable_address_is_relayed_for_that(theirs, why):
+    def offered(texts):
+        parts = [each.split() for each in texts]
+        return [SimpleNamespace(kind=Kind(kind), address=Endpoint.parse(address)) for kind, address in parts]
+
+    agent = SimpleNamespace(
+        local_candidates=lambda: offered(["host 203.0.113.5:52625"]), remote_candidates=lambda: offered(theirs)
+    )
+    connection = SimpleNamespace(path=SimpleNamespace(kind=PathKind.RELAY_TO_RELAY), agent=agent)
+    core = SimpleNamespace(node=SimpleNamespace(relays=SimpleNamespace(nat_maps_by_destination=True)))
+    assert snapshot.why_relayed(core, connection) == why
+
+
+def test_the_portal_s_partition_and_its_next_attempt_are_told():
+    w = connected()
+    now = w.net.now
+    away = portal(
+        state=State.CONNECTING, joined_at=now - 100, parted_at=now - 30, dials_at=now + 4, last_error="refused"
+    )
+    shown = overview(w, away)["portal"]
+    assert shown == {
+        "host": "portal.test",
+        "state": "connecting",
+        "connected_for": None,
+        "partition_age": 30.0,
+        "last_error": "refused",
+        "next_attempt_in": 4.0,
+    }
+
+
+def test_everything_can_be_shown_as_tables_and_no_text_of_others_steers_the_terminal():
+    from rich.console import Console
+
+    w = connected()
+    shown = overview(w, portal(state=State.CONNECTING, parted_at=w.net.now, last_error="\x1b[31m[red]no[/]"))
+    shown["clients"] = [snapshot.client(w.gateway.core, CLIENT_ID, w.net.now)]
+    shown["clients"][0] |= {"relayed": True, "relayed_because": "our NAT maps by destination"}
+    shown["drops"] = {"from client: NotAllowed": 12345}
+    console = Console(width=200, record=True, file=io.StringIO(), highlight=False)
+    console.print(render(shown))
+    text = console.export_text()
+    assert "\x1b" not in text
+    assert "[red]no[/]" in text
+    assert CLIENT_ID[:8] in text
+    assert "is relayed because our NAT maps by destination" in text
+    assert "12,345" in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "-"), (0.04, "0.0s"), (4.23, "4.2s"), (59.9, "59s"), (187, "3m07s"), (18_120, "5h02m"), (273_600, "3d04h")],
+)
+def test_durations_are_short(seconds, text):
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 B / 7"), (1023, "1023 B / 7"), (1536, "1.5 KiB / 7"), (3 << 40, "3.0 TiB / 7")]
+)
+def test_amounts_have_units(size, text):
+    assert amount({"bytes": size, "packets": 7}) == text
