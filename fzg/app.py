@@ -28,6 +28,10 @@ from fzg.node.node import Node
 from fzg.ops import control, logs
 from fzg.ops.flow_logs import FlowLogs
 from fzg.ops.health import Health
+from fzg.ops.lag import Histogram, LoopLag
+from fzg.ops.metrics import Metrics, Sources
+from fzg.ops.notify import Notifier
+from fzg.ops.portal_watch import PortalWatch
 from fzg.ops.requests import Requests
 from fzg.portal import identity, url, user_agent
 from fzg.portal.backoff import Reconnect
@@ -36,6 +40,7 @@ from fzg.portal.proxy import InvalidProxy, proxy_for
 from fzg.portal.websocket import Login, PortalConnection
 from fzg.tunnel.flow_record import FlowRecord
 from fzg.tunnel.tunnel import Tunnel
+from fzg.version import VERSION
 from fzg.wire.endpoint import Endpoint
 from fzg.wireguard.keys import KeyPair
 
@@ -54,6 +59,8 @@ REPAIR_INTERVAL = 60.0  # s between looks at our host rules: Docker or a firewal
 LONGEST_SLEEP = 1.0  # s: a host that was suspended must catch up at once (spec README, clocks)
 RESOLVE_TIMEOUT = 10.0  # s for one name (tunnel 1.3)
 CONCURRENT_RESOLUTIONS = 1000  # tunnel 1.3; the tunnel refuses more, so the pool never blocks
+REPORT_INTERVAL = 1.0  # s between words to the service manager, which may wait for them for a few seconds only
+LOOKUP_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)  # s, operations 1.10
 GOODBYE_FLUSH = 1.0  # s for the last datagrams and the close frame (operations 1.14)
 
 
@@ -78,6 +85,12 @@ class App:
         self._armed_at = float("inf")
         self._network: HostNetwork | None = None
         self._sockets: list[udp.UdpSocket] = []
+        self._tasks: list[gevent.Greenlet] = []
+        self._lag = LoopLag()
+        self._lookups = Histogram(LOOKUP_BUCKETS)
+        self._portal_watch = PortalWatch(clock.now())
+        self._notifier = Notifier(os.environ)
+        self._report_at = 0.0
         # With a descriptor in place of the TUN no route leads into the tunnel, so no mark is needed to stay out of it.
         self._mark = udp.FIREWALL_MARK if settings.tun_fd is None else None
 
@@ -140,8 +153,7 @@ class App:
         upstream = Upstream(mark=self._mark)
         self._nameservers = Nameservers(lambda: self._resolver.nameservers, upstream=upstream, clock=clock.now)
         self._dns_server = DnsServer(self._nameservers, upstream=upstream)
-        self._health = Health(settings.health_address, self)
-        self._health.start()
+        self._lag.start()
         _LOG.info(trusted.description)
         if proxy is not None:
             _LOG.info("The portal is reached through the proxy %s", proxy)
@@ -155,6 +167,8 @@ class App:
             ),
             user_agent=user_agent.host_user_agent(),
         )
+        self._health = Health(settings.health_address, self, self._metrics().render if settings.metrics else None)
+        self._health.start()
         self._flow_logs.start()
         self._portal = PortalConnection(
             Login(
@@ -182,6 +196,24 @@ class App:
         gevent.spawn(self._run_address_watch)
         if self._network is not None:
             self._nameservers.start()
+
+    def _metrics(self) -> Metrics:
+        return Metrics(
+            Sources(
+                gateway=self._gateway,
+                engine=self._engine,
+                portal=self._portal_watch,
+                lag=self._lag,
+                lookups=self._lookups,
+                not_ready_because=self.not_ready_because,
+                backlog=self._flow_logs.backlog,
+                sockets=[opened.socket for opened in self._sockets],
+                log_lines=logs.lines_by_level,
+                clock=clock.now,
+                facts={"version": VERSION, "engine": type(self._engine).__name__.removesuffix("Engine").lower()},
+                max_partition=self._settings.max_partition_time,
+            )
+        )
 
     def _open_sockets(self) -> None:
         settings = self._settings
@@ -249,6 +281,7 @@ class App:
     def on_connected(self) -> None:
         """The channel is joined."""
         self._joined_once = True
+        self._portal_watch.handle_joined()
         now = clock.now()
         self._gateway.handle_portal_connected(now)
         self._drain()
@@ -262,6 +295,7 @@ class App:
     def on_disconnected(self) -> None:
         """The channel is down; it will be dialled again."""
         now = clock.now()
+        self._portal_watch.handle_failure(now)
         self._gateway.handle_portal_disconnected(now)
         self._drain()
 
@@ -279,6 +313,7 @@ class App:
     def _essential(self, name: str, run: Callable[..., None], *arguments: object) -> None:
         greenlet = gevent.spawn(run, *arguments)
         greenlet.name = name
+        self._tasks.append(greenlet)
         greenlet.link_exception(lambda dead: self._fail(_as_fatal(name, dead.exception)))
 
     def _run_timer(self) -> None:
@@ -295,6 +330,26 @@ class App:
                 self._gateway.handle_clock_step(step, now)
             self._gateway.handle_timeout(now)
             self._drain()
+            if now >= self._report_at:
+                self._report_at = now + REPORT_INTERVAL
+                self._report()
+
+    def _report(self) -> None:
+        """Once a second, from the greenlet without which nothing goes on: to the service manager, and to the log."""
+        logs.summarise_repeats()
+        if not self._notifier.is_wanted:
+            return
+        connected = sum(1 for connection in self._gateway.node.connections if connection.path is not None)
+        clients = f"{connected} client{'' if connected == 1 else 's'} connected"
+        not_ready = self.not_ready_because()
+        if not_ready is not None:
+            status = f"Not ready: {not_ready}"
+        elif self._portal_watch.is_joined:
+            status = f"{clients}, portal joined"
+        else:
+            status = f"{clients}, portal away: {self._portal.last_error}"
+        healthy = self._lag.is_healthy and not any(task.dead for task in self._tasks)
+        self._notifier.report(ready=not_ready is None, healthy=healthy, status=status)
 
     def _run_pump(self, fd: int, receive: Callable[..., Sequence[Item]], *arguments: int) -> None:
         """Wait for the descriptor's own watcher before each bounded turn, so that no socket starves (design 3).
@@ -393,9 +448,11 @@ class App:
 
     def _resolve(self, request: int, domain: str) -> None:
         addresses = None
+        began = clock.now()
         with gevent.Timeout(RESOLVE_TIMEOUT, exception=False):
             addresses = self._resolver.resolve(domain)
         now = clock.now()
+        self._lookups.observe(now - began)
         self._gateway.handle_resolved(request, addresses, now)
         self._drain()
 
@@ -468,6 +525,7 @@ class App:
     def _shut_down(self) -> None:
         """Close frame, goodbye to clients, allocations deleted, host rules removed; at most a few seconds."""
         now = clock.now()
+        self._notifier.stopping()
         self._portal.close(wait=GOODBYE_FLUSH)
         self._gateway.shutdown(now)
         while (transmit := self._gateway.poll_transmit()) is not None:
@@ -480,6 +538,7 @@ class App:
         self._dns_server.close()
         self._restore_host()
         self._flow_logs.close()
+        logs.summarise_repeats(now_or_never=True)
         _LOG.info("Goodbye")
 
     def _restore_host(self) -> None:

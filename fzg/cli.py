@@ -18,7 +18,7 @@ from fzg import commands
 from fzg import settings as s
 from fzg.host.arguments import hide_argument
 from fzg.ops import logs
-from fzg.settings import LogFormat, Masquerade, Offloads, SettingError, Settings
+from fzg.settings import LogFormat, Masquerade, MetricsExporter, Offloads, SettingError, Settings
 from fzg.version import VERSION
 
 if TYPE_CHECKING:
@@ -154,8 +154,9 @@ _COMMAND = "fzg.command"
     "--metrics",
     env="FIREZONE_METRICS",
     default="sentry",
-    type=click.Choice(["stdout", "otel-collector", "sentry"]),
-    hidden=True,
+    type=click.Choice([str(m) for m in MetricsExporter]),
+    metavar="WORD",
+    help="`prometheus` serves /metrics on the health address; other words are accepted and have none.",
 )
 @_option("--otlp-grpc-endpoint", env="OTLP_GRPC_ENDPOINT", metavar="HOST:PORT", hidden=True)
 @_option("--validate-checksums", is_flag=True, env="FIREZONE_VALIDATE_CHECKSUMS", hidden=True)
@@ -298,6 +299,7 @@ def _settings(options: Mapping[str, Any], environment: Mapping[str, str]) -> Set
         udp_send_buffer=s.parse_size(environment.get("FIREZONE_UDP_SEND_BUFFER_SIZE")),
         udp_receive_buffer=s.parse_size(environment.get("FIREZONE_UDP_RECV_BUFFER_SIZE")),
         offloads=options["offloads"],
+        metrics=options["metrics"] == MetricsExporter.PROMETHEUS,
         tun_fd=options["tun_fd"],
     )
 

@@ -75,6 +75,15 @@ class LogFormat(StrEnum):
     JSON = "json"
 
 
+class MetricsExporter(StrEnum):
+    """PROMETHEUS serves them on the health address; the others are words of the reference, and without effect."""
+
+    PROMETHEUS = "prometheus"
+    STDOUT = "stdout"
+    OTEL_COLLECTOR = "otel-collector"
+    SENTRY = "sentry"
+
+
 class Masquerade(StrEnum):
     """Whether clients' addresses become the host's. AUTO does it but goes on where the host refuses, ON fails then."""
 
@@ -113,6 +122,7 @@ class Settings:
     udp_send_buffer: int | None = None
     udp_receive_buffer: int | None = None
     offloads: Offloads = field(default_factory=Offloads)
+    metrics: bool = False
     tun_fd: int | None = None
 
 

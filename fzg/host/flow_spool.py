@@ -96,6 +96,15 @@ class Spool:
         self._make_directory(self._root)
         _write(path, msgspec.json.encode(config))
 
+    @property
+    def count(self) -> int | None:
+        """Reports that wait, as far as they were counted; any thread may ask."""
+        return self._count
+
+    def take_stock(self) -> None:
+        """Count the reports that wait."""
+        self._count = sum(1 for each in self._directories() for _ in _report_names(each))
+
     def config(self) -> UploadConfig | None:
         """What `configure` said, perhaps before a restart. Raises SpoolError if it cannot be understood."""
         try:
@@ -120,8 +129,8 @@ class Spool:
         if directory is None or not (directory / _TOKEN).exists():
             raise SpoolError("its token is not kept")
         if self._count is None:
-            self._count = sum(1 for each in self._directories() for _ in _report_names(each))
-        if self._count >= MAX_REPORTS:
+            self.take_stock()
+        if self._count is not None and self._count >= MAX_REPORTS:
             raise SpoolError(f"{MAX_REPORTS} records wait to be uploaded already")
         disk = os.statvfs(directory)
         if disk.f_bavail * disk.f_frsize < MIN_FREE_BYTES:
@@ -129,7 +138,7 @@ class Spool:
         payload = _canonical(record.payload())
         suffix = _START if record.figures is None else _END
         _write(directory / (record.stem + suffix), b'{"checksum":%d,"payload":%b}' % (zlib.crc32(payload), payload))
-        self._count += 1
+        self._count = None if self._count is None else self._count + 1
 
     def prune(self, unix: float) -> None:
         """Delete what nobody will take any more: expired tokens with their reports, directories without a token."""

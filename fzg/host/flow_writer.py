@@ -52,6 +52,11 @@ class FlowWriter:
         """Begin to write."""
         self._greenlet = gevent.spawn(self._run)
 
+    @property
+    def queued(self) -> int:
+        """Records and tokens that wait for the disk."""
+        return len(self._queue)
+
     def configure(self, config: UploadConfig | None) -> None:
         """Keep how the uploads go; the latest word counts."""
         self._config = (config,)

@@ -121,6 +121,7 @@ class Connection:
         self.path: Path | None = None
         self.created_at = now
         self.handshake_at: float | None = None
+        self.handshakes = 0
         self._active_timing = agent.timing
         self._idle_timing = idle_timing
         self._relays = relays
@@ -260,6 +261,7 @@ class Connection:
             match peer_event:
                 case HandshakeCompleted(at=at):
                     first, self.handshake_at = self.handshake_at is None, at
+                    self.handshakes += 1
                     self._response = None
                     if first and self.path is not None:
                         self._events.append(Established(self.path))

@@ -135,6 +135,7 @@ class Node:
         self.relays = RelaySet(random=random)
         self.signalling = Signalling()
         self.counters: Counter[str] = Counter()
+        self._former_handshakes = 0
         self._gate = Gate(static_public=static.public, random=random, now=now)
         self._indices = IndexAllocator(random)
         self._connections: dict[str, Connection] = {}
@@ -335,6 +336,11 @@ class Node:
         """All live connections, for status and metrics."""
         return iter(self._connections.values())
 
+    @property
+    def handshakes(self) -> int:
+        """WireGuard handshakes completed since the start, those of former connections included."""
+        return self._former_handshakes + sum(connection.handshakes for connection in self._connections.values())
+
     def connection(self, client_id: str) -> Connection | None:
         """The client's connection, if there is one."""
         return self._connections.get(client_id)
@@ -424,6 +430,7 @@ class Node:
 
     def _remove(self, connection: Connection) -> None:
         connection.close()
+        self._former_handshakes += connection.handshakes
         client_id = connection.client_id
         del self._connections[client_id]
         self._by_index.pop(connection.index, None)

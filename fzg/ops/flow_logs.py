@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+import gevent
 from gevent.threadpool import ThreadPool
 
 from fzg.host.flow_spool import DEFAULT_BATCH, LARGEST_BATCH, ROOT, Spool, UploadConfig
@@ -27,22 +28,47 @@ _PRINTED = logging.getLogger("flow_logs")
 _LOG = logging.getLogger(__name__)
 
 
+class Backlog(NamedTuple):
+    """Records on disk (None: not counted yet), records that wait for it, and records that were lost."""
+
+    spooled: int | None
+    queued: int
+    dropped: int
+
+
 class FlowLogs:
     """The way of records out of the process. Nothing here waits for a disk or a collector but `close`."""
 
     def __init__(self, dialing: Callable[[str], DialOptions], *, user_agent: str = "", root: Path = ROOT) -> None:
         thread = ThreadPool(1)
-        spool = Spool(root)
+        spool = self._spool = Spool(root)
+        self._thread = thread
         connect = HttpsConnector(dialing, user_agent=user_agent)
         self._uploader = Uploader(spool, thread, connect, random=os.urandom)
         self._writer = FlowWriter(spool, thread, on_configured=self._uploader.reconfigure)
         self._is_uploading = False
+        self._is_counting = False
 
     def start(self) -> None:
         """Begin to write and to upload: what an earlier run left goes out under that run's settings."""
         self._writer.start()
         self._uploader.start()
         _LOG.info("Flow-log uploader started")
+
+    def backlog(self) -> Backlog:
+        """How much waits, without touching the disk; what an earlier run left is counted soon after the first call."""
+        if self._spool.count is None and not self._is_counting:
+            self._is_counting = True
+            gevent.spawn(self._take_stock)
+        return Backlog(self._spool.count, self._writer.queued, self._writer.dropped)
+
+    def _take_stock(self) -> None:
+        try:
+            self._thread.apply(self._spool.take_stock)
+        except OSError as error:
+            _LOG.debug("The flow records on disk cannot be counted: %s", error)
+        finally:
+            self._is_counting = False
 
     def configure(self, settings: Settings | None) -> None:
         """Take over the settings of an `init`; None or an interval of 0: nothing is uploaded (spec tunnel 10.5)."""

@@ -1,7 +1,8 @@
-"""`/healthz` and `/readyz` over plain HTTP (spec operations 1.9, OPS-39 to 41)."""
+"""`/healthz`, `/readyz` and, if wanted, `/metrics` over plain HTTP (spec operations 1.9, OPS-39 to 42)."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from typing import TYPE_CHECKING, Protocol
@@ -11,7 +12,7 @@ from gevent.pool import Pool
 from gevent.pywsgi import WSGIHandler, WSGIServer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from wsgiref.types import StartResponse, WSGIEnvironment
 
     from fzg.wire.endpoint import Endpoint
@@ -34,9 +35,13 @@ class Readiness(Protocol):
 class Health:
     """The HTTP server; a port that is taken costs the endpoint, not the gateway (OPS-32)."""
 
-    def __init__(self, address: Endpoint, readiness: Readiness) -> None:
+    def __init__(
+        self, address: Endpoint, readiness: Readiness, render_metrics: Callable[[str], tuple[bytes, str]] | None = None
+    ) -> None:
+        """`render_metrics`: body and content type of `/metrics` for an Accept header; None: there is no such path."""
         self._address = address
         self._readiness = readiness
+        self._render_metrics = render_metrics
         self._server: WSGIServer | None = None
 
     def start(self) -> None:
@@ -67,18 +72,28 @@ class Health:
 
     def _answer(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path, method = environ.get("PATH_INFO", ""), environ.get("REQUEST_METHOD", "")
-        body, headers = b"", []
-        if path not in ("/healthz", "/readyz"):
+        accept = str(environ.get("HTTP_ACCEPT", ""))
+        status, body, content_type, headers = "200 OK", b"", "text/plain; charset=utf-8", []
+        if path not in ("/healthz", "/readyz") and not (path == "/metrics" and self._render_metrics is not None):
             status = "404 Not Found"
         elif method not in ("GET", "HEAD"):
             status, headers = "405 Method Not Allowed", [("Allow", "GET, HEAD")]
-        elif path == "/readyz" and (reason := self._readiness.not_ready_because()) is not None:
-            status, body = "503 Service Unavailable", f"{reason}\n".encode()
-        else:
-            status = "200 OK"
-        headers += [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(body)))]
+        elif path == "/readyz":
+            status, body, content_type = _readiness_answer(self._readiness.not_ready_because(), accept)
+        elif path == "/metrics" and self._render_metrics is not None:
+            body, content_type = self._render_metrics(accept)
+        headers += [("Content-Type", content_type), ("Content-Length", str(len(body)))]
         start_response(status, headers)
         return [body] if method != "HEAD" else []
+
+
+def _readiness_answer(reason: str | None, accept: str) -> tuple[str, bytes, str]:
+    """Status, body and content type; the body is a sentence, or nothing, unless JSON is asked for."""
+    status = "200 OK" if reason is None else "503 Service Unavailable"
+    if "application/json" in accept.lower():
+        body = {"ready": reason is None} | ({} if reason is None else {"reason": reason})
+        return status, json.dumps(body).encode() + b"\n", "application/json"
+    return status, b"" if reason is None else f"{reason}\n".encode(), "text/plain; charset=utf-8"
 
 
 class _Handler(WSGIHandler):  # type: ignore[misc]

@@ -6,6 +6,8 @@ import logging
 import platform
 import re
 import sys
+import time
+from collections import Counter
 from datetime import UTC, datetime
 from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any, TextIO
@@ -42,6 +44,14 @@ _SPAN = re.compile(r"\[[^\]]*\]")
 _SPAN_MARK = "[]"
 # A portal or a resource must not be able to write to the operator's terminal.
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))} | {10: "\\n", 13: "\\r", 9: "\\t"}
+# What a person can follow, and a site of a hundred clients can say when it comes back; a fault that repeats itself
+# must not fill a disk, nor hide other lines. Only WARN and INFO: who asks for more wants all of it, and each ERROR is
+# shown.
+REPEATS_SHOWN = 100  # lines of one template per window
+REPEATS_WINDOW = 60.0  # s
+_LIMITED = frozenset({logging.INFO, logging.WARNING})
+# Templates are constants of this program; a text that was put together beforehand must not make the table grow.
+_MAX_TEMPLATES = 1000
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 _LOG = logging.getLogger("firezone_gateway")
@@ -80,13 +90,67 @@ class JsonLineFormatter(JsonFormatter):
             log_data["exception"] = self.formatException(record.exc_info)
 
 
+class _Window:
+    """Lines of one template since the first of them."""
+
+    __slots__ = ("last", "left_out", "shown", "until")
+
+    def __init__(self, until: float) -> None:
+        self.until = until
+        self.shown = 0
+        self.left_out = 0
+        self.last: logging.LogRecord | None = None
+
+
+class _Lines(logging.StreamHandler[TextIO]):
+    """Writes lines, counts them, and leaves out those beyond `REPEATS_SHOWN`; `summarise` says how many."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self.counts = dict.fromkeys(dict.fromkeys(_NAMES.values()), 0)
+        self._windows: dict[tuple[str, int, str], _Window] = {}
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        """Called by the logger with what its level lets through."""
+        self.counts[_NAMES.get(record.levelno, "INFO")] += 1
+        return super().handle(record) if self._is_shown(record) else False
+
+    def summarise(self, now: float) -> None:
+        """Write the last of the lines that were left out, with their number, for each window that is over."""
+        for key, window in list(self._windows.items()):
+            if now < window.until:
+                continue
+            del self._windows[key]
+            if window.last is not None:
+                record = logging.makeLogRecord(vars(window.last))
+                record.created = time.time()
+                record.repeats_not_shown = window.left_out - 1
+                super().handle(record)
+
+    def _is_shown(self, record: logging.LogRecord) -> bool:
+        if record.levelno not in _LIMITED:
+            return True
+        key = (record.name, record.levelno, str(record.msg))
+        window = self._windows.get(key)
+        if window is None:
+            if len(self._windows) >= _MAX_TEMPLATES:
+                return True
+            window = self._windows[key] = _Window(time.monotonic() + REPEATS_WINDOW)
+        if window.shown < REPEATS_SHOWN:
+            window.shown += 1
+            return True
+        window.left_out += 1
+        window.last = record
+        return False
+
+
 def configure(*, json_lines: bool, directives: str | None, flow_logs: bool, stream: TextIO | None = None) -> None:
     """Send everything that the filter lets through to `stream`, by default standard output. Raises `FilterError`."""
     stream = stream or sys.stdout
     if isinstance(stream, TextIOWrapper):  # one line each at once, whatever the locale and whatever reads it
         stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
     logging.raiseExceptions = False  # standard output may be closed or full; that must cost no more than the line
-    handler = logging.StreamHandler(stream)
+    handler = _Lines(stream)
     handler.setFormatter(JsonLineFormatter(json_ensure_ascii=False) if json_lines else HumanFormatter())
     wanted = "info" if directives is None else directives
     default, targets = parse_filter(",".join([_CEILINGS, wanted, "flow_logs=trace" if flow_logs else ""]))
@@ -115,6 +179,22 @@ def parse_filter(directives: str) -> tuple[int, dict[str, int]]:
         else:
             default = level
     return default, targets
+
+
+def summarise_repeats(*, now_or_never: bool = False) -> None:
+    """Call about once a second: what was left out as a repeat is said in sum; `now_or_never`: without waiting."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, _Lines):
+            handler.summarise(float("inf") if now_or_never else time.monotonic())
+
+
+def lines_by_level() -> Mapping[str, int]:
+    """How many lines there were so far by level, as the format names it; those left out as repeats count too."""
+    counts: Counter[str] = Counter()
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, _Lines):
+            counts.update(handler.counts)
+    return counts
 
 
 def announce() -> None:
@@ -157,6 +237,8 @@ def _fields(record: logging.LogRecord) -> Mapping[str, Any]:
 def _plain(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(str, value))}]"
     text = str(value)
     if not isinstance(value, str) or (text and " " not in text and '"' not in text):
         return text

@@ -275,7 +275,7 @@ def test_help_names_the_public_options_and_no_values(run, option):
         assert name in outcome.out
     for name in ("--no-inc-buf", "--max-partition-time", "TOKEN", "FIREZONE_TOKEN", "-V", "-h"):
         assert name in outcome.out
-    for name in ("--metrics", "--otlp-grpc-endpoint", "--validate-checksums", "--api-url", "--tun-fd"):
+    for name in ("--otlp-grpc-endpoint", "--validate-checksums", "--api-url", "--tun-fd"):
         assert name not in outcome.out
     assert TOKEN not in outcome.out
     assert "bureau" not in outcome.out

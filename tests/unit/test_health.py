@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import logging
 import socket
 
@@ -36,14 +37,14 @@ def endpoint(threads):
     server = Health(Endpoint.parse(f"127.0.0.1:{port}"), gateway)
     server.start()
 
-    def request(method, path):
+    def request(method, path, headers):
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-        connection.request(method, path)
+        connection.request(method, path, headers=headers)
         answer = connection.getresponse()
         return answer.status, dict(answer.getheaders()), answer.read()
 
-    def ask(method, path):
-        return threads.apply(request, (method, path))
+    def ask(method, path, **headers):
+        return threads.apply(request, (method, path, headers))
 
     ask.gateway, ask.port, ask.server = gateway, port, server
     yield ask
@@ -75,7 +76,29 @@ def test_readyz_is_503_with_the_reason_until_the_gateway_is_ready(endpoint):
     assert endpoint("HEAD", "/readyz")[0::2] == (200, b"")
 
 
-@pytest.mark.parametrize("path", ["/", "/metricsz", "/healthz/", "/readyz/x", "/HEALTHZ", "//healthz"])
+@pytest.mark.spec("OPS-40")
+def test_readyz_answers_in_json_where_that_is_asked_for(endpoint):
+    endpoint.gateway.reason = "the portal has not been joined yet"
+    status, headers, body = endpoint("GET", "/readyz", Accept="application/json")
+    assert (status, headers["Content-Type"]) == (503, "application/json")
+    assert json.loads(body) == {"ready": False, "reason": "the portal has not been joined yet"}
+    assert endpoint("HEAD", "/readyz", Accept="application/json")[0::2] == (503, b"")
+    endpoint.gateway.reason = None
+    status, _, body = endpoint("GET", "/readyz", Accept="Application/JSON, text/plain;q=0.5")
+    assert (status, json.loads(body)) == (200, {"ready": True})
+
+
+@pytest.mark.spec("OPS-42")
+def test_metrics_are_served_where_they_are_wanted_and_nowhere_else(endpoint):
+    assert endpoint("GET", "/metrics")[0] == 404
+    endpoint.server._render_metrics = lambda accept: (f"# {accept}\n".encode(), "text/plain; version=0.0.4")
+    status, headers, body = endpoint("GET", "/metrics", Accept="text/plain")
+    assert (status, headers["Content-Type"], body) == (200, "text/plain; version=0.0.4", b"# text/plain\n")
+    assert endpoint("HEAD", "/metrics")[0::2] == (200, b"")
+    assert endpoint("POST", "/metrics")[0] == 405
+
+
+@pytest.mark.parametrize("path", ["/", "/metrics", "/metricsz", "/healthz/", "/readyz/x", "/HEALTHZ", "//healthz"])
 def test_other_paths_are_not_found(endpoint, path):
     assert endpoint("GET", path)[0] == 404
 
