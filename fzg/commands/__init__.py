@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # A first argument that is exactly one of these is that command, anything else is the token (spec README, decisions).
 COMMANDS = {
     "id": "fzg.commands.id",
+    "ready": "fzg.commands.ready",
     "status": "fzg.commands.status",
 }
 
