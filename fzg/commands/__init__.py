@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 # A first argument that is exactly one of these is that command, anything else is the token (spec README, decisions).
 COMMANDS = {
+    "doctor": "fzg.commands.doctor",
+    "drain": "fzg.commands.drain",
     "id": "fzg.commands.id",
     "ready": "fzg.commands.ready",
     "status": "fzg.commands.status",

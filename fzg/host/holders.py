@@ -47,6 +47,13 @@ def tcp_listeners(port: int) -> list[Listener]:
     return _listeners("tcp", port, state=_TCP_LISTEN)
 
 
+def is_elsewhere(pid: int) -> bool:
+    """Whether this process is known to be in another network namespace than we are."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/ns/net").readlink() != Path("/proc/self/ns/net").readlink()
+    return False
+
+
 def _listeners(protocol: str, port: int, *, state: str) -> list[Listener]:
     found = list(_sockets(protocol, port, state))
     holders = _holders({inode for _, inode in found})

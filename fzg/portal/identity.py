@@ -65,6 +65,21 @@ def firezone_id(
     return _store(state_directory, generated)
 
 
+def peek(
+    configured: str | None, *, state_directory: Path = STATE_DIRECTORY, machine_id: Path = MACHINE_ID
+) -> tuple[str, str]:
+    """The id that `firezone_id` would return and where it comes from, without a change; empty for one made anew."""
+    if configured:
+        return configured, "FIREZONE_ID"
+    path = state_directory / _ID_FILE
+    with contextlib.suppress(OSError):
+        stored = _parse_stored(path.read_bytes())
+        if stored is not None:
+            return stored, str(path)
+    derived = _derived_id(machine_id)
+    return (derived, str(machine_id)) if derived is not None else ("", "")
+
+
 def external_id(ident: str) -> str:
     """What the portal sees: the SHA-256 of an id that reads as a UUID in any of its textual forms, else the id."""
     return ident if canonical_uuid(ident) is None else hashlib.sha256(ident.encode()).hexdigest()
