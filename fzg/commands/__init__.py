@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "doctor": "fzg.commands.doctor",
     "drain": "fzg.commands.drain",
+    "host-setup": "fzg.commands.host_setup",
     "id": "fzg.commands.id",
     "ready": "fzg.commands.ready",
     "status": "fzg.commands.status",

@@ -144,6 +144,9 @@ class World:
         self.resource = network.namespace("resource")
         network.link(self.gateway, "lan0", self.resource, "eth0")
         self.gateway.ip(f"address add {GATEWAY_IPV4}/24 dev lan0", f"address add {GATEWAY_IPV6}/64 dev lan0 nodad")
+        self.gateway.sysctl(  # a new namespace begins with the machine's own
+            ipv4__ip_forward=0, ipv4__conf__all__src_valid_mark=0, ipv6__conf__all__forwarding=0
+        )
         self.resource.ip(f"address add {RESOURCE_IPV4}/24 dev eth0", f"address add {RESOURCE_IPV6}/64 dev eth0 nodad")
         self.hosts = []
         self.server = subprocess.Popen(
@@ -401,7 +404,8 @@ def test_a_read_only_proc_is_one_warning_that_names_the_command(world):
     host = world.host(wrapper=["unshare", "-m", "sh", "-ec", 'mount -o bind,ro /proc/sys /proc/sys; exec "$@"', "sh"])
     _, warnings = host.start()
     assert len(warnings) == 1
-    assert "Run as root: sysctl -w net.ipv4.ip_forward=1 net.ipv4.conf.all.src_valid_mark=1" in warnings[0]
+    assert "Run: sudo firezone-gateway host-setup" in warnings[0]
+    assert "sysctl -w net.ipv4.ip_forward=1 net.ipv4.conf.all.src_valid_mark=1" in warnings[0]
     assert world.ruleset() == OURS
 
 

@@ -59,7 +59,8 @@ def test_what_may_not_be_written_is_one_warning_with_the_exact_command(proc):
     proc.refuse("net/ipv6/conf/all/forwarding")
     report = sysctl.enable_forwarding(enable_ipv6=False, root=proc.root)
     assert len(report.warnings) == 1
-    assert "Run as root: sysctl -w net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1 " in report.warnings[0]
+    command = "sysctl -w net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1;"
+    assert f"Run: sudo firezone-gateway host-setup (as root it does: {command}" in report.warnings[0]
     assert proc["net/ipv4/conf/all/src_valid_mark"] == "1"
 
 
