@@ -35,7 +35,9 @@ PACKAGES = {
     "objdump": "binutils",
     "ping": "iputils-ping",
     "dnsmasq": "dnsmasq-base",
+    "promtool": "prometheus",
     "go": "golang-go",
+    "sysctl": "procps",
 }
 
 
