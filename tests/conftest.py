@@ -36,6 +36,7 @@ PACKAGES = {
     "ping": "iputils-ping",
     "dnsmasq": "dnsmasq-base",
     "promtool": "prometheus",
+    "promtool": "prometheus",
     "go": "golang-go",
     "sysctl": "procps",
 }
