@@ -14,8 +14,7 @@ PYTEST := $(PY) -m pytest
 LAB_PACKAGES := ip=iproute2 nft=nftables turnserver=coturn iperf3=iperf3 curl=curl openssl=openssl setpriv=util-linux
 BINARY_PACKAGES := objdump=binutils strip=binutils
 TEST_PACKAGES := $(LAB_PACKAGES) $(BINARY_PACKAGES) setcap=libcap2-bin ping=iputils-ping ss=iproute2 dnsmasq=dnsmasq-base \
-	prometheus=prometheus promtool=prometheus \ sysctl=procps
-	prometheus=prometheus promtool=prometheus
+	prometheus=prometheus promtool=prometheus sysctl=procps
 
 .PHONY: help demo test test-all soak lint bench binary docs lock clean
 help: ## this list
