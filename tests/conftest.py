@@ -36,7 +36,6 @@ PACKAGES = {
     "ping": "iputils-ping",
     "dnsmasq": "dnsmasq-base",
     "promtool": "prometheus",
-    "promtool": "prometheus",
     "go": "golang-go",
     "sysctl": "procps",
 }
