@@ -26,6 +26,7 @@ from fzg.host.network import INTERFACE, HostError, HostNetwork, MasqueradeMode, 
 from fzg.host.resolver import Resolver
 from fzg.node.node import Node
 from fzg.ops import control, logs
+from fzg.ops.drain import Drain
 from fzg.ops.flow_logs import FlowLogs
 from fzg.ops.health import Health
 from fzg.ops.lag import Histogram, LoopLag
@@ -84,6 +85,7 @@ class App:
         self._joined_once = False
         self._armed_at = float("inf")
         self._network: HostNetwork | None = None
+        self._draining: Drain | None = None
         self._sockets: list[udp.UdpSocket] = []
         self._tasks: list[gevent.Greenlet] = []
         self._lag = LoopLag()
@@ -113,6 +115,8 @@ class App:
         """For `/readyz`: the portal was joined and has not given up on us, and the TUN is configured (OPS-40)."""
         if self._stop.ready():
             return "the gateway is shutting down"
+        if self._draining is not None and self._draining.is_under_way:
+            return f"the gateway is being drained, {self._draining.remaining} clients are left"
         if not self._joined_once:
             return "the portal has not been joined yet"
         if not self._tun_configured:
@@ -183,7 +187,13 @@ class App:
             dialing=DialOptions(resolve=_addresses_of, ssl_context=trusted.context, proxy=proxy, mark=self._mark),
             reconnect=Reconnect(random=os.urandom, max_partition=settings.max_partition_time),
         )
-        requests = Requests(gateway=self._gateway, portal=self._portal, not_ready_because=self.not_ready_because)
+        self._draining = Drain(self._gateway, self._portal, settle=self._drain, finished=lambda: self._stop.set(None))
+        requests = Requests(
+            gateway=self._gateway,
+            portal=self._portal,
+            drain=self._draining,
+            not_ready_because=self.not_ready_because,
+        )
         self._control = control.ControlServer(control.places(os.environ), requests.handlers())
         self._control.start()
         self._essential("timer", self._run_timer)
@@ -511,12 +521,19 @@ class App:
     def _handle_signals(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             gevent.signal_handler(number, self._interrupt, number)
+        gevent.signal_handler(signal.SIGUSR1, self._drain_on_signal)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # OPS-28: a closed terminal must not end a gateway
 
     def _interrupt(self, number: int) -> None:
         if not self._stop.ready():
             _LOG.info("Shutting down", extra={"signal": signal.Signals(number).name})
             self._stop.set(None)
+
+    def _drain_on_signal(self) -> None:
+        if self._draining is not None:
+            self._draining.start()
+        else:  # still starting, so there is nobody to send away
+            self._interrupt(signal.SIGUSR1)
 
     def _fail(self, error: FatalError) -> None:
         if not self._stop.ready():

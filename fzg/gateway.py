@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, assert_never
 from msgspec import structs
 
 from fzg.ice.agent import Credentials
-from fzg.node.node import ConnectionEstablished, ConnectionFailed, Node, NoRelayAvailableError, RelaysExhausted
+from fzg.node.node import (
+    GOODBYE,
+    ConnectionEstablished,
+    ConnectionFailed,
+    Node,
+    NoRelayAvailableError,
+    RelaysExhausted,
+)
 from fzg.node.signalling import CandidateMessage
 from fzg.portal import messages
 from fzg.sansio import Deadline, Transmit, earliest
@@ -52,6 +59,8 @@ RELAY_WAIT = 1.0  # s
 NO_RELAYS_INTERVAL = 1.0  # s between two requests for relays (turn 4.5)
 # The portal sends one authorization per request of a client; more than this waiting at once is a portal gone wild.
 MAX_WAITING_AUTHORIZATIONS = 1000
+# A goodbye travels a second at most, and what the client had sent by then arrives within another.
+FAREWELL_SILENCE = 2.0  # s
 SWEEP_INTERVAL = 1.0  # s between reports of what flows carried (design 4)
 FAR_FUTURE = 86_400.0  # s: what an expiry that no clock can hold becomes (tunnel 5.7)
 NOTEWORTHY_CLOCK_STEP = 60.0  # s back; a minute less of access is for the portal and the client to settle
@@ -119,6 +128,7 @@ class Gateway:
         self._traffic: dict[int, traffic.Traffic] = {}
         self._new_handles = count(1)
         self._waiting = _Waiting()
+        self._farewells: dict[str, float] | None = None  # while draining: when each client was last told
         self._joined = False
         self._no_relays_pending = False
         self._no_relays_at = float("-inf")
@@ -295,6 +305,29 @@ class Gateway:
         """What the process must do."""
         return self._events.popleft() if self._events else None
 
+    def drain(self, now: float) -> int:
+        """Grant nothing any more and send the clients away; how many have not gone. Call again every second.
+
+        A goodbye may be lost: who goes on sending is told again, who has been silent for a while has understood.
+        """
+        if self._farewells is None:
+            self._farewells = {}
+            self._waiting = _Waiting()
+        for client_id, handle in list(self._handles.items()):
+            told = self._farewells.get(client_id)
+            connection = self.node.connection(client_id)
+            if connection is None or connection.path is None or (told is not None and now >= told + FAREWELL_SILENCE):
+                _LOG.info("Connection closed: goodbye sent cid=%s", client_id)
+                self.tunnel.forget(client_id)
+                self._settle(now)
+                self.node.drop(client_id)
+                self._forget(client_id)
+            elif told is None or self.engine.activity(handle).last_received > told:
+                self._farewells[client_id] = now
+                self._send(client_id, GOODBYE, now)
+        self._settle(now)
+        return len(self._handles)
+
     def shutdown(self, now: float) -> None:
         """The end of all flows, and goodbye to all clients; drain `poll_transmit` and `poll_event` afterwards."""
         self._take_reports(now)
@@ -334,6 +367,9 @@ class Gateway:
     def _authorize(self, message: messages.CreateAuthorization, now: float, *, wait: bool) -> None:
         """Connection first, then access, then the acknowledgement; candidates follow it (portal 2.4)."""
         client = message.client
+        if self._farewells is not None:
+            _LOG.info("Authorization refused: the gateway is being drained cid=%s", client.id)
+            return
         if message.use_iceless:
             _LOG.warning("Authorization skipped: it asks for ICE-less mode, which was not offered cid=%s", client.id)
             return

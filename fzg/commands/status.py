@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -14,12 +15,13 @@ from fzg.settings import SettingError, parse_duration
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
     from rich.table import Table
 
 # Half a second of a core's time with a thousand clients; people do not read faster than this either.
 DEFAULT_REFRESH = 2.0  # s
 SHORTEST_REFRESH = 0.2  # s
+UNFOLDED = 200  # columns: the widest of our tables
 
 
 class _Seconds(click.ParamType[float, Any]):
@@ -54,9 +56,7 @@ def command(*, as_json: bool, watch: float | None) -> None:
         if as_json:
             click.echo(json.dumps(shown, indent=2))
         else:
-            from rich.console import Console
-
-            Console(highlight=False).print(render(shown))
+            _console().print(render(shown))
         return
     try:
         if as_json:
@@ -77,11 +77,17 @@ def fetch() -> dict[str, Any]:
     return shown | {"clients": [client for line in lines for client in line["clients"]]}
 
 
-def _watch(seconds: float) -> None:
+def _console() -> Console:
+    """As wide as the terminal; where nobody looks nothing needs to be folded."""
     from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else UNFOLDED)
+
+
+def _watch(seconds: float) -> None:
     from rich.live import Live
 
-    console = Console(highlight=False)
+    console = _console()
     with Live(render(fetch()), console=console, auto_refresh=False, screen=console.is_terminal) as live:
         while True:
             time.sleep(seconds)
@@ -146,19 +152,17 @@ def _relays(relays: Sequence[Mapping[str, Any]]) -> RenderableType:
 
 
 def _clients(clients: Sequence[Mapping[str, Any]]) -> RenderableType:
-    table = _table("Client", "State", "Path", "Remote", "Age", "Handshake", "From client", "To client", "Resources")
+    """Two lines a client, so that all of it fits into 80 columns."""
+    table = _table("Client", "State", "Path", "From client", "To client")
     for each in clients:
         path = each["path"] or "-"
+        age = f" {duration(each['age'])}" if each["age"] is not None else ""
         table.add_row(
-            _short(each["id"]),
-            each["state"],
-            f"[yellow]{path}[/]" if each.get("relayed") else path,
-            each.get("remote", "-"),
-            duration(each["age"]),
-            duration(each["handshake_age"]),
-            amount(each["received"]),
-            amount(each["sent"]),
-            str(each["resources"]),
+            f"{_short(each['id'])}\n{each['resources']} resources",
+            f"{each['state']}{age}\nhandshake {duration(each['handshake_age'])}",
+            (f"[yellow]{path}[/]" if each.get("relayed") else path) + f"\n{each.get('remote', '')}",
+            f"{amount(each['received']['bytes'])}\n{each['received']['packets']:,} packets",
+            f"{amount(each['sent']['bytes'])}\n{each['sent']['packets']:,} packets",
         )
     return table
 
@@ -171,12 +175,14 @@ def _drops(drops: Mapping[str, int]) -> RenderableType:
 
 
 def _table(*columns: str) -> Table:
-    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in columns:
-        table.add_column(column, overflow="fold", justify="right" if column in {"Count", "Clients"} else "left")
+        # Addresses may be folded; the rest is read across, or copied to other commands.
+        foldable = column in {"Path", "Address", "Dropped, because"}
+        justify: Literal["left", "right"] = "right" if column in {"Count", "Clients"} else "left"
+        table.add_column(column, overflow="fold", justify=justify, no_wrap=not foldable)
     return table
 
 
@@ -194,15 +200,14 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 86_400}d{whole // 3600 % 24:02}h"
 
 
-def amount(carried: Mapping[str, int]) -> str:
-    """`1.5 MiB / 1,200`: bytes and packets."""
-    size, unit = float(carried["bytes"]), "B"
+def amount(total: float) -> str:
+    """`1.5 MiB`."""
+    unit = "B"
     for larger in ("KiB", "MiB", "GiB", "TiB", "PiB"):
-        if size < 1024:
+        if total < 1024:
             break
-        size, unit = size / 1024, larger
-    shown = f"{size:.0f}" if unit == "B" else f"{size:.1f}"
-    return f"{shown} {unit} / {carried['packets']:,}"
+        total, unit = total / 1024, larger
+    return f"{total:.0f} B" if unit == "B" else f"{total:.1f} {unit}"
 
 
 def _short(identity: str) -> str:

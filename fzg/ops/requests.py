@@ -8,32 +8,37 @@ import gevent
 
 from fzg.host import clock
 from fzg.ops import snapshot
+from fzg.ops.control import Refused
+from fzg.ops.drain import DEFAULT_TIMEOUT, INTERVAL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from fzg.gateway import Gateway
     from fzg.ops.control import Handler
+    from fzg.ops.drain import Drain
     from fzg.portal.websocket import PortalConnection
 
 # Clients described in one go: under 2 ms, so that packets and portal frames wait no longer than that.
 CLIENTS_A_TURN = 32
+LONGEST_DRAIN = 86_400.0  # s; who wants to wait longer does not want to drain
 
 
 class Requests:
     """Every request by name. `not_ready_because`: one sentence why no client can be served, None when all is well."""
 
     def __init__(
-        self, *, gateway: Gateway, portal: PortalConnection, not_ready_because: Callable[[], str | None]
+        self, *, gateway: Gateway, portal: PortalConnection, drain: Drain, not_ready_because: Callable[[], str | None]
     ) -> None:
         self._gateway = gateway
         self._portal = portal
+        self._drain = drain
         self._not_ready_because = not_ready_because
         self._started = clock.now()
 
     def handlers(self) -> Mapping[str, Handler]:
         """For `ControlServer`."""
-        return {"status": self.status}
+        return {"status": self.status, "drain": self.drain}
 
     def status(self, _request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """A line of everything else, then lines of `clients`."""
@@ -51,6 +56,22 @@ class Requests:
             found = (snapshot.client(gateway, each, now) for each in ids[start : start + CLIENTS_A_TURN])
             yield {"clients": [each for each in found if each is not None]}
             _let_others_run()
+
+    def drain(self, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """How many clients are left, every second; goes on when the asker hangs up."""
+        timeout = _number(request, "timeout", DEFAULT_TIMEOUT, most=LONGEST_DRAIN)
+        begun = self._drain.start(timeout)
+        yield {"begun": begun, "clients": self._drain.remaining}
+        while not self._drain.done.wait(INTERVAL):
+            yield {"clients": self._drain.remaining}
+        yield {"clients": self._drain.remaining, "done": True}
+
+
+def _number(request: Mapping[str, Any], name: str, default: float, *, most: float) -> float:
+    value = request.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
+        raise Refused(f"{name} must be a number from 0 to {most:g}")
+    return float(value)
 
 
 def _let_others_run() -> None:
