@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from fzg.host import netlink, sysctl
+from fzg.host import input_chains, netlink, sysctl
 from fzg.host.errors import HostError, Report
 from fzg.host.netlink import Configured
 from fzg.host.nftables import Firewall, MasqueradeMode, legacy_tables_note
 
 if TYPE_CHECKING:
     from ipaddress import IPv4Address, IPv6Address
+
+    from fzg.host.input_chains import Obstacle
 
 __all__ = ["INTERFACE", "Configured", "HostError", "HostNetwork", "MasqueradeMode", "Report"]
 
@@ -29,6 +31,7 @@ class HostNetwork:
         self._firewall = Firewall(interface)
         self._mode = MasqueradeMode.OFF
         self._addresses: tuple[IPv4Address | None, IPv6Address | None] | None = None
+        self._obstacles: list[Obstacle] = []
 
     def prepare(self, masquerade: MasqueradeMode, *, raise_buffers: bool = True) -> Report:
         """Buffer ceilings, forwarding, masquerading, accepts in foreign chains; replaces what a killed process left.
@@ -42,6 +45,7 @@ class HostNetwork:
         if note := legacy_tables_note(self._interface):
             report.notes.append(note)
         report.warnings.extend(netlink.overlap_warnings(self._interface))
+        self._look_at_input(report)
         return report
 
     def configure(self, ipv4: IPv4Address | None, ipv6: IPv6Address | None) -> Configured:
@@ -59,12 +63,20 @@ class HostNetwork:
         A restart of systemd-networkd deletes rules it did not make, one of Docker sets the policy of FORWARD to drop.
         """
         report = Report() if self._firewall.is_intact() else self._firewall.apply(self._mode)
+        self._look_at_input(report)
         if self._addresses is not None:
             try:
                 report.warnings.extend(netlink.configure_device(self._interface, *self._addresses).warnings)
             except (HostError, OSError) as error:
                 report.warnings.append(str(error))
         return report
+
+    def _look_at_input(self, report: Report) -> None:
+        """Warn of chains that keep clients from our DNS server, once while they do; to open them is for their owner."""
+        found = self._firewall.obstacles(self._addresses)
+        if found and found != self._obstacles:
+            report.warnings.append(input_chains.warning(found, self._interface))
+        self._obstacles = found
 
     def remove(self) -> Report:
         """Delete rules, routes and nftables objects; the sysctls stay, since others may rely on them by now."""

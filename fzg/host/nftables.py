@@ -8,7 +8,6 @@ finds what a killed process left. Everything that belongs together is one transa
 from __future__ import annotations
 
 import errno
-import struct
 from enum import Enum, StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -16,13 +15,10 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from pyroute2.netlink import NETLINK_NETFILTER
 from pyroute2.netlink.nfnetlink import NFNL_SUBSYS_NFTABLES, nfgen_msg
 from pyroute2.netlink.nfnetlink.nftsocket import (
-    NFPROTO_INET,
     NFPROTO_IPV4,
     NFPROTO_IPV6,
     NFT_MSG_DELRULE,
     NFT_MSG_DELTABLE,
-    NFT_MSG_GETCHAIN,
-    NFT_MSG_GETRULE,
     NFT_MSG_NEWCHAIN,
     NFT_MSG_NEWRULE,
     NFT_MSG_NEWTABLE,
@@ -33,22 +29,21 @@ from pyroute2.netlink.nfnetlink.nftsocket import (
     nft_table_msg,
 )
 
+from fzg.host import nft_ruleset as ruleset
 from fzg.host.errors import HostError, Report
+from fzg.host.input_chains import Obstacle, obstacles
 from fzg.host.netlink import PEER_RANGE_IPV4, PEER_RANGE_IPV6
 from fzg.host.netlink_socket import NLM_F_ACK, NLM_F_CREATE, NetlinkError, NetlinkSocket
+from fzg.host.nft_ruleset import TABLE_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
-    from ipaddress import IPv4Network, IPv6Network
+    from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
-TABLE_NAME: Final = "firezone-gateway"
 RULE_COMMENT: Final = "firezone-gateway"
 
 _CHAIN_NAME: Final = "postrouting"
 _PRIORITY_SRCNAT: Final = 100
-_NF_DROP: Final = 0
-_HOOK_INPUT: Final = 1
-_HOOK_FORWARD: Final = 2
 _HOOK_POSTROUTING: Final = 4
 _BATCH_BEGIN: Final = 0x10
 _BATCH_END: Final = 0x11
@@ -59,15 +54,10 @@ _NF_ACCEPT: Final = 1
 _DIRECTIONS: Final = (Meta.NFT_META_OIFNAME, Meta.NFT_META_IIFNAME)  # inserted in this order, so "in" comes first
 _MATCH: Final = {Meta.NFT_META_OIFNAME: "oifname", Meta.NFT_META_IIFNAME: "iifname"}
 _IFNAMSIZ: Final = 16
-_JUMP_DEPTH: Final = 16  # the kernel's own limit on nested jumps (NFT_JUMP_STACK_SIZE)
 
 # Expressions without a say in where the packet goes; a rule made of these and a verdict holds for every packet.
 _NEUTRAL: Final = frozenset({"counter", "log", "notrack", "last"})
-# NFTA_CHAIN_TYPE as it is encoded: length, type, text.
-_FILTER_CHAIN: Final = struct.pack("=HH", 4 + len(b"filter\0"), 7) + b"filter\0"
 _TERMINAL_TARGETS: Final = frozenset({"REJECT", "DROP"})  # targets of iptables-nft rules
-
-_FAMILY_NAME: Final = {NFPROTO_IPV4: "ip", NFPROTO_IPV6: "ip6", NFPROTO_INET: "inet"}
 
 
 class MasqueradeMode(StrEnum):
@@ -97,15 +87,6 @@ class _Fate(Enum):
 _FINAL: Final = {"NF_DROP": _Fate.DROPPED, "NF_ACCEPT": _Fate.ACCEPTED, "NFT_RETURN": _Fate.OPEN}
 
 
-class _Chain(NamedTuple):
-    family: int
-    table: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{_FAMILY_NAME[self.family]} {self.table} {self.name}"
-
-
 class Blocked(NamedTuple):
     """A foreign chain that drops what clients need, and the matches of the accepts that are missing at its head."""
 
@@ -118,7 +99,7 @@ class Survey(NamedTuple):
 
     masqueraded: tuple[str, ...]
     forward: tuple[Blocked, ...]
-    input: tuple[Blocked, ...]
+    input: tuple[Obstacle, ...]
 
 
 class Firewall:
@@ -146,30 +127,36 @@ class Firewall:
         """False when somebody flushed what `apply` made, or a foreign chain has begun to drop since."""
         try:
             with NetlinkSocket(NETLINK_NETFILTER) as netlink:
-                chains = list(_chains(netlink))
+                chains = list(ruleset.chains(netlink))
                 if not self._masqueraded <= {chain.family for chain, _ in chains if chain.table == TABLE_NAME}:
                     return False
-                return not any(self._missing(netlink, chain, policy) for chain, policy in _forward_chains(chains))
+                return not any(
+                    self._missing(netlink, chain, policy)
+                    for chain, policy in ruleset.base_chains(chains, ruleset.HOOK_FORWARD)
+                )
         except OSError:
             return True  # unreadable: applying again would not improve it
 
     def survey(self) -> Survey:
         """What stands now, without a change. Raises OSError where it may not be read."""
         with NetlinkSocket(NETLINK_NETFILTER) as netlink:
-            chains = list(_chains(netlink))
-            masqueraded = {_FAMILY_NAME[chain.family] for chain, _ in chains if chain.table == TABLE_NAME}
+            chains = list(ruleset.chains(netlink))
+            masqueraded = {ruleset.FAMILY_NAME[chain.family] for chain, _ in chains if chain.table == TABLE_NAME}
             forward = [
                 Blocked(str(chain), tuple(_MATCH[key] for key in missing))
-                for chain, policy in _base_chains(chains, _HOOK_FORWARD)
+                for chain, policy in ruleset.base_chains(chains, ruleset.HOOK_FORWARD)
                 if (missing := self._missing(netlink, chain, policy))
             ]
-            entering = [
-                Blocked(str(chain), (_MATCH[Meta.NFT_META_IIFNAME],))
-                for chain, policy in _base_chains(chains, _HOOK_INPUT)
-                if self._missing(netlink, chain, policy)
-                and not any(self._lets_in(rule) for rule in _rules(netlink, chain))
-            ]
-        return Survey(tuple(sorted(masqueraded)), tuple(forward), tuple(entering))
+            entering = tuple(obstacles(netlink, self._interface, None))
+        return Survey(tuple(sorted(masqueraded)), tuple(forward), entering)
+
+    def obstacles(self, addresses: tuple[IPv4Address | None, IPv6Address | None] | None) -> list[Obstacle]:
+        """The host's INPUT chains that drop what clients ask our DNS server; none where they may not be read."""
+        try:
+            with NetlinkSocket(NETLINK_NETFILTER) as netlink:
+                return obstacles(netlink, self._interface, addresses)
+        except OSError:
+            return []
 
     def remove(self) -> Report:
         """Delete our table and our rules in foreign chains; silent when there are none."""
@@ -178,8 +165,8 @@ class Firewall:
             with NetlinkSocket(NETLINK_NETFILTER) as netlink:
                 for family in (NFPROTO_IPV4, NFPROTO_IPV6):
                     _delete_table(netlink, family)
-                for chain, _ in _forward_chains(_chains(netlink)):
-                    for rule in _tagged(_rules(netlink, chain)):
+                for chain, _ in ruleset.base_chains(ruleset.chains(netlink), ruleset.HOOK_FORWARD):
+                    for rule in _tagged(ruleset.rules(netlink, chain)):
                         _transact(netlink, [_delete_rule(chain, rule)])
         except OSError as error:
             report.warnings.append(
@@ -206,9 +193,9 @@ class Firewall:
     def _table(self, family: int) -> Iterator[_Step]:
         """The replacement of our table: creating it first lets the deletion succeed where there was none."""
         yield _new_table(family)
-        yield _Step(_with(nft_table_msg(), family, ("NFTA_TABLE_NAME", TABLE_NAME)), NFT_MSG_DELTABLE, 0)
+        yield _Step(ruleset.message(nft_table_msg(), family, ("NFTA_TABLE_NAME", TABLE_NAME)), NFT_MSG_DELTABLE, 0)
         yield _new_table(family)
-        chain = _with(
+        chain = ruleset.message(
             nft_chain_msg(),
             family,
             ("NFTA_CHAIN_TABLE", TABLE_NAME),
@@ -226,7 +213,7 @@ class Firewall:
             *_interface_is(Meta.NFT_META_OIFNAME, self._interface, Cmp.NFT_CMP_NEQ),
             _expression("masq"),
         ]
-        rule = _with(
+        rule = ruleset.message(
             nft_rule_msg(),
             family,
             ("NFTA_RULE_TABLE", TABLE_NAME),
@@ -237,7 +224,7 @@ class Firewall:
 
     def _accept_forwarding(self, netlink: NetlinkSocket, report: Report) -> None:
         try:
-            chains = list(_forward_chains(_chains(netlink)))
+            chains = list(ruleset.base_chains(ruleset.chains(netlink), ruleset.HOOK_FORWARD))
         except NetlinkError as error:
             report.warnings.append(
                 f"The firewall cannot be inspected ({error.strerror}), so it may drop packets of clients. "
@@ -246,7 +233,7 @@ class Firewall:
             return
         for chain, policy in chains:
             try:
-                tagged = _tagged(_rules(netlink, chain))
+                tagged = _tagged(ruleset.rules(netlink, chain))
                 wanted = self._missing(netlink, chain, policy, ignoring=tagged)
                 present = [key for rule in tagged for key in _DIRECTIONS if self._accepts(rule, key)]
                 if sorted(present) == sorted(wanted) and len(tagged) == len(wanted):
@@ -267,42 +254,33 @@ class Firewall:
                 )
 
     def _missing(
-        self, netlink: NetlinkSocket, chain: _Chain, policy: int, *, ignoring: Sequence[Any] = ()
+        self, netlink: NetlinkSocket, chain: ruleset.Chain, policy: int, *, ignoring: Sequence[Any] = ()
     ) -> list[int]:
         """The directions (meta keys) in which `chain` drops and no rule accepts, `ignoring` these."""
         ignored = {rule.get_attr("NFTA_RULE_HANDLE") for rule in ignoring}
-        rules = [rule for rule in _rules(netlink, chain) if rule.get_attr("NFTA_RULE_HANDLE") not in ignored]
+        rules = [rule for rule in ruleset.rules(netlink, chain) if rule.get_attr("NFTA_RULE_HANDLE") not in ignored]
         fate = _fate(netlink, chain, rules)
-        if fate is _Fate.ACCEPTED or (fate is _Fate.OPEN and policy != _NF_DROP):
+        if fate is _Fate.ACCEPTED or (fate is _Fate.OPEN and policy != ruleset.NF_DROP):
             return []
         return [key for key in _DIRECTIONS if not any(self._accepts(rule, key) for rule in rules)]
 
     def _accepts(self, rule: Any, key: int) -> bool:
         """True for `iifname INTERFACE accept` (or oifname), whoever wrote it."""
-        parts = [(name, data) for name, data in _parts(rule) if name not in _NEUTRAL]
+        parts = [(name, data) for name, data in ruleset.parts(rule) if name not in _NEUTRAL]
         if [name for name, _ in parts] != ["meta", "cmp", "immediate"]:
             return False
         (_, meta), (_, compare), (_, verdict) = parts
-        value = _compared(compare)
+        value = ruleset.compared(compare)
         return (
             meta.get_attr("NFTA_META_KEY") == Meta(key).name
             and compare.get_attr("NFTA_CMP_OP") == Cmp.NFT_CMP_EQ.name
-            and _octets(value).rstrip(b"\0") == self._interface.encode()
-            and _verdict(verdict)[0] == "NF_ACCEPT"
+            and ruleset.octets(value).rstrip(b"\0") == self._interface.encode()
+            and ruleset.verdict(verdict)[0] == "NF_ACCEPT"
         )
 
-    def _lets_in(self, rule: Any) -> bool:
-        """True for an accept that names our interface, whatever else it asks for."""
-        accepts, names = False, False
-        for name, data in _parts(rule):
-            if name == "cmp":
-                names = names or _octets(_compared(data)).rstrip(b"\0") == self._interface.encode()
-            accepts = accepts or (name == "immediate" and _verdict(data)[0] == "NF_ACCEPT")
-        return accepts and names
-
-    def _accept(self, chain: _Chain, key: int) -> _Step:
+    def _accept(self, chain: ruleset.Chain, key: int) -> _Step:
         expressions = [*_interface_is(key, self._interface, Cmp.NFT_CMP_EQ), _accept_verdict()]
-        rule = _with(
+        rule = ruleset.message(
             nft_rule_msg(),
             chain.family,
             ("NFTA_RULE_TABLE", chain.table),
@@ -364,20 +342,22 @@ def _transact(netlink: NetlinkSocket, steps: Iterable[_Step]) -> None:
 
 
 def _new_table(family: int) -> _Step:
-    return _Step(_with(nft_table_msg(), family, ("NFTA_TABLE_NAME", TABLE_NAME)), NFT_MSG_NEWTABLE, NLM_F_CREATE)
+    return _Step(
+        ruleset.message(nft_table_msg(), family, ("NFTA_TABLE_NAME", TABLE_NAME)), NFT_MSG_NEWTABLE, NLM_F_CREATE
+    )
 
 
 def _delete_table(netlink: NetlinkSocket, family: int) -> None:
     try:
-        message = _with(nft_table_msg(), family, ("NFTA_TABLE_NAME", TABLE_NAME))
+        message = ruleset.message(nft_table_msg(), family, ("NFTA_TABLE_NAME", TABLE_NAME))
         _transact(netlink, [_Step(message, NFT_MSG_DELTABLE, 0)])
     except NetlinkError as error:
         if error.errno not in (errno.ENOENT, errno.EAFNOSUPPORT, errno.EOPNOTSUPP):
             raise
 
 
-def _delete_rule(chain: _Chain, rule: Any) -> _Step:
-    message = _with(
+def _delete_rule(chain: ruleset.Chain, rule: Any) -> _Step:
+    message = ruleset.message(
         nft_rule_msg(),
         chain.family,
         ("NFTA_RULE_TABLE", chain.table),
@@ -385,47 +365,6 @@ def _delete_rule(chain: _Chain, rule: Any) -> _Step:
         ("NFTA_RULE_HANDLE", rule.get_attr("NFTA_RULE_HANDLE")),
     )
     return _Step(message, NFT_MSG_DELRULE, 0)
-
-
-def _chains(netlink: NetlinkSocket) -> Iterator[tuple[_Chain, Any]]:
-    """Our own chains, and all base chains that filter."""
-    found = netlink.dump(
-        nft_chain_msg(), NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETCHAIN, containing=(_FILTER_CHAIN, TABLE_NAME.encode())
-    )
-    for message in found:
-        family = message["nfgen_family"]
-        if family in _FAMILY_NAME:
-            yield _Chain(family, message.get_attr("NFTA_CHAIN_TABLE"), message.get_attr("NFTA_CHAIN_NAME")), message
-
-
-def _forward_chains(chains: Iterable[tuple[_Chain, Any]]) -> Iterator[tuple[_Chain, int]]:
-    """Foreign base chains of the forward hook, with their policies."""
-    return _base_chains(chains, _HOOK_FORWARD)
-
-
-def _base_chains(chains: Iterable[tuple[_Chain, Any]], number: int) -> Iterator[tuple[_Chain, int]]:
-    """Foreign base chains that filter at this hook, with their policies."""
-    for chain, message in chains:
-        hook = message.get_attr("NFTA_CHAIN_HOOK")
-        if (
-            hook is not None
-            and hook.get_attr("NFTA_HOOK_HOOKNUM") == number
-            and message.get_attr("NFTA_CHAIN_TYPE") == "filter"
-            and chain.table != TABLE_NAME
-        ):
-            yield chain, message.get_attr("NFTA_CHAIN_POLICY")
-
-
-def _rules(netlink: NetlinkSocket, chain: _Chain) -> list[Any]:
-    query = _with(
-        nft_rule_msg(), chain.family, ("NFTA_RULE_TABLE", chain.table), ("NFTA_RULE_CHAIN", chain.name)
-    )  # kernels before 4.17 send the rules of all chains
-    found = netlink.dump(query, NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETRULE)
-    return [
-        rule
-        for rule in found
-        if (rule["nfgen_family"], rule.get_attr("NFTA_RULE_TABLE"), rule.get_attr("NFTA_RULE_CHAIN")) == tuple(chain)
-    ]
 
 
 def _tagged(rules: Iterable[Any]) -> list[Any]:
@@ -437,49 +376,24 @@ def _comment(rule: Any) -> str:
     return comment if isinstance(comment, str) else ""
 
 
-def _fate(netlink: NetlinkSocket, chain: _Chain, rules: Iterable[Any], depth: int = 0) -> _Fate:
+def _fate(netlink: NetlinkSocket, chain: ruleset.Chain, rules: Iterable[Any], depth: int = 0) -> _Fate:
     """What becomes of a packet that no conditional rule names: those decide about others and stay as they are."""
     for rule in rules:
-        parts = [(name, data) for name, data in _parts(rule) if name not in _NEUTRAL]
+        parts = [(name, data) for name, data in ruleset.parts(rule) if name not in _NEUTRAL]
         if len(parts) != 1:
             continue
         name, data = parts[0]
         if name == "reject" or (name == "target" and data.get_attr("NFTA_TARGET_NAME") in _TERMINAL_TARGETS):
             return _Fate.DROPPED
-        code, target = _verdict(data) if name == "immediate" else ("", "")
+        code, target = ruleset.verdict(data) if name == "immediate" else ("", "")
         if code in _FINAL:
             return _FINAL[code]
-        if code in ("NFT_JUMP", "NFT_GOTO") and depth < _JUMP_DEPTH:
+        if code in ("NFT_JUMP", "NFT_GOTO") and depth < ruleset.JUMP_DEPTH:
             called = chain._replace(name=target)
-            fate = _fate(netlink, called, _rules(netlink, called), depth + 1)
+            fate = _fate(netlink, called, ruleset.rules(netlink, called), depth + 1)
             if fate is not _Fate.OPEN or code == "NFT_GOTO":
                 return fate
     return _Fate.OPEN
-
-
-def _parts(rule: Any) -> Iterator[tuple[str, Any]]:
-    for expression in rule.get_attr("NFTA_RULE_EXPRESSIONS") or ():
-        yield expression.get_attr("NFTA_EXPR_NAME"), expression.get_attr("NFTA_EXPR_DATA")
-
-
-def _compared(compare: Any) -> bytes | str:
-    data = compare.get_attr("NFTA_CMP_DATA")
-    value: bytes | str | None = data.get_attr("NFTA_DATA_VALUE") if data is not None else None
-    return value or b""
-
-
-def _verdict(immediate: Any) -> tuple[str, str]:
-    data = immediate.get_attr("NFTA_IMMEDIATE_DATA")
-    verdict = data.get_attr("NFTA_DATA_VERDICT") if data is not None else None
-    if verdict is None:
-        return "", ""
-    return verdict.get_attr("NFTA_VERDICT_CODE") or "", verdict.get_attr("NFTA_VERDICT_CHAIN") or ""
-
-
-def _with(message: Any, family: int, *attributes: tuple[str, Any]) -> Any:
-    message["nfgen_family"] = family
-    message["attrs"] = list(attributes)
-    return message
 
 
 def _expression(name: str, *attributes: tuple[str, Any]) -> dict[str, Any]:
@@ -531,7 +445,3 @@ def _accept_verdict() -> dict[str, Any]:
 
 def _value(octets: bytes) -> dict[str, Any]:
     return {"attrs": [("NFTA_DATA_VALUE", octets)]}
-
-
-def _octets(value: bytes | str) -> bytes:
-    return value if isinstance(value, bytes) else value.encode()

@@ -40,13 +40,13 @@ def become_nobody(capabilities: int) -> None:
     assert libc.capset(header, data) == 0
 
 
-def udp(source: str, destination: str, payload: bytes) -> bytes:
-    """An IP packet with a UDP datagram from port 7000 to 9000; over IPv4 without a checksum."""
+def udp(source: str, destination: str, payload: bytes, port: int = 9000) -> bytes:
+    """An IP packet with a UDP datagram from port 7000; over IPv4 without a checksum."""
     version = 6 if ":" in source else 4
     make = IPv6Address if version == 6 else IPv4Address
     src, dst = make(source).packed, make(destination).packed
     length = 8 + len(payload)
-    segment = struct.pack("!HHHH", 7000, 9000, length, 0) + payload
+    segment = struct.pack("!HHHH", 7000, port, length, 0) + payload
     if version == 4:
         header = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 20 + length, 1, 0, 64, 17, 0, src, dst)
         return header[:10] + struct.pack("!H", ones(header)) + header[12:] + segment
@@ -108,8 +108,8 @@ def execute(run, network, descriptor, name, arguments):
             report = run(network.configure, ipv4 and IPv4Address(ipv4), ipv6 and IPv6Address(ipv6))
             return {"ipv4": report.ipv4, "ipv6": report.ipv6, "notes": report.notes, "warnings": report.warnings}
         case "send":
-            source, destination, seconds = arguments
-            os.write(descriptor, bytes(10) + udp(source, destination, source.encode()))
+            source, destination, seconds, *port = arguments
+            os.write(descriptor, bytes(10) + udp(source, destination, source.encode(), *port))
             return {"answered": received(descriptor, seconds)}
         case "status":
             fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
