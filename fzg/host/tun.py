@@ -28,6 +28,11 @@ _TUN_F_USO4 = 0x20
 _TUN_F_USO6 = 0x40
 _OFFLOADS = _TUN_F_CSUM | _TUN_F_TSO4 | _TUN_F_TSO6 | _TUN_F_USO4 | _TUN_F_USO6
 
+REMEDY = (
+    "as root: modprobe tun; mkdir -p /dev/net; mknod -m 0666 /dev/net/tun c 10 200; a container has to be given it"
+    " (firezone-gateway doctor says how)"
+)
+
 _MAX_NAME = 15  # IFNAMSIZ without its zero byte
 _IFREQ = struct.Struct("=16sH22x")
 
@@ -69,14 +74,14 @@ def _open_node(node: Path) -> int:
         os.mknod(node, _NODE_MODE, _NODE_NUMBER)
         return os.open(node, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise TunError(f"{node} is missing and cannot be made: {error.strerror}") from error
+        raise TunError(f"{node} is missing and cannot be made: {error.strerror}; {REMEDY}") from error
 
 
 def _explain(node: Path, error: OSError) -> str:
     if error.errno in (errno.ENODEV, errno.ENXIO):
         return f"{node}: the kernel has no TUN driver (modprobe tun)"
     if error.errno in (errno.EACCES, errno.EPERM):
-        return f"{node}: no permission to open it"
+        return f"{node}: no permission to open it; as root: chmod 0666 {node}, or in a container: {REMEDY}"
     return f"{node}: {error.strerror}"
 
 

@@ -60,6 +60,12 @@ class State(Enum):
     DEAD = "dead"
 
 
+_IF_SILENT: Final = (
+    "; if all relays do, UDP is blocked: let it out of this network to any port, and answers back in"
+    " (firezone-gateway doctor)"
+)
+
+
 class Failure(Enum):
     """Why an allocation is dead."""
 
@@ -378,7 +384,8 @@ class Allocation:
         self.state = State.SUSPENDED
 
     def _die(self, failure: Failure, now: float) -> None:
-        _LOG.warning("relay %s failed: %s", self.relay.id, failure.value)
+        advice = _IF_SILENT if failure is Failure.NO_RESPONSE else ""
+        _LOG.warning("relay %s failed: %s%s", self.relay.id, failure.value, advice)
         self.failure = failure
         self.close(now)
 
