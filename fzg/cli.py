@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -94,7 +95,8 @@ class _GatewayCommand(click.Command):
         options: list[click.Parameter] = [param for param in self.params if isinstance(param, click.Option)]
         parser = click.Command(self.name, params=options).make_parser(ctx)
         parser.allow_interspersed_args = False
-        _, rest, _ = parser.parse_args(list(args))
+        seen, rest, _ = parser.parse_args(list(args))
+        ctx.meta[_VERBOSE] = bool(seen.get("verbose"))
         own = args[: len(args) - len(rest)]
         if rest and rest[0] in commands.COMMANDS and own[-1:] != ["--"]:
             ctx.meta[_COMMAND] = rest
@@ -103,6 +105,19 @@ class _GatewayCommand(click.Command):
 
 
 _COMMAND = "fzg.command"
+_VERBOSE = "fzg.verbose"
+
+
+def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:  # noqa: FBT001 - click's signature
+    if not wanted:
+        return
+    if ctx.meta[_VERBOSE]:
+        from fzg.ops import about
+
+        click.echo("\n".join(about.lines()))
+    else:
+        click.echo(f"firezone-gateway {VERSION}")
+    ctx.exit()
 
 
 @click.command(cls=_GatewayCommand, context_settings={"help_option_names": ["-h", "--help"]})
@@ -185,7 +200,16 @@ _COMMAND = "fzg.command"
 @_option(
     "--tun-fd", type=int, hidden=True, help="Use this inherited descriptor (virtio framing) instead of a TUN device."
 )
-@click.version_option(VERSION, "-V", "--version", prog_name="firezone-gateway", message="%(prog)s %(version)s")
+@_option(
+    "-V",
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Show the version and exit.",
+)
+@_option("--verbose", is_flag=True, help="With --version: also the engine, the libraries and the build.")
 @click.pass_context
 def command(ctx: click.Context, /, **options: Any) -> None:
     """Let Firezone clients reach the resources of this network.
@@ -193,6 +217,8 @@ def command(ctx: click.Context, /, **options: Any) -> None:
     TOKEN is the site's or gateway's token; better put it into FIREZONE_TOKEN, or into the systemd credential of that
     name, since arguments are visible to every user of the host.
     """
+    if options.pop("verbose"):
+        raise click.UsageError("--verbose goes with --version; RUST_LOG=debug makes the log say more")
     _refuse_what_is_no_text(options)
     options["offloads"] = _offloads(os.environ)
     if _COMMAND in ctx.meta:
@@ -252,18 +278,21 @@ def _run(options: Mapping[str, Any], environment: Mapping[str, str]) -> int:
     if not options["no_check"] and options["tun_fd"] is None and not capabilities.has_net_admin():
         click.echo(capabilities.privilege_remedy(_executable(), os.getuid()), err=True)
         return EXIT_FAILURE
-    from fzg.app import App, FatalError  # before logging: pyroute2 resets its logger's level when it is imported
-
+    configure_logging = partial(
+        logs.configure,
+        json_lines=options["log_format"] == LogFormat.JSON,
+        directives=environment.get("RUST_LOG"),
+        flow_logs=options["flow_logs"],
+    )
     try:
-        logs.configure(
-            json_lines=options["log_format"] == LogFormat.JSON,
-            directives=environment.get("RUST_LOG"),
-            flow_logs=options["flow_logs"],
-        )
+        configure_logging()
     except logs.FilterError as error:
         click.echo(f"firezone-gateway: the log filter RUST_LOG cannot be used: {error}", err=True)
         return EXIT_FAILURE
     logs.announce()
+    from fzg.app import App, FatalError  # half of the start-up time goes here, so the operator has seen a line before
+
+    configure_logging()  # pyroute2 resets its logger's level when it is imported
     _LOG.debug("Options", extra={name: _shown(name, value) for name, value in options.items() if value is not None})
     try:
         settings = _settings(options, environment)
