@@ -48,14 +48,18 @@ bench: $(ENGINE) ## figures as a table and as build/bench.json (ONLY=tcp1,connec
 	@$(if $(ONLY),,$(PY) -m tests.bench.nat_matrix)
 	@$(if $(ONLY),,$(PY) -m tests.bench.scale)
 
-binary: $(READY) ## dist/firezone-gateway, one file
+binary: $(READY) ## dist/firezone-gateway, one file, and dist/SHA256SUMS
 	@library=$$($(PY) packaging/python_packages.py library) && packaging/require $(BINARY_PACKAGES) $$library
 	@$(MAKE) --no-print-directory $(ENGINE) FZG_REQUIRE_NATIVE=1
 	packaging/freeze $(PY)
-	@ls -l dist/firezone-gateway
+	@cat dist/SHA256SUMS
 
 docs: $(READY) ## write docs/settings.md anew from the code
 	PYTHONPATH=. $(PY) packaging/settings_page.py
+
+release: ## dist/release/firezone-gateway, the same for hosts with an older C library (as root, on Debian)
+	@packaging/require mmdebstrap=mmdebstrap unshare=util-linux git=git
+	packaging/release
 
 lock: ## write requirements.lock anew from pyproject.toml
 	$(VENV)/bin/pip install -q pip-tools
