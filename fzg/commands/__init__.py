@@ -21,6 +21,7 @@ COMMANDS = {
     "id": "fzg.commands.id",
     "ready": "fzg.commands.ready",
     "status": "fzg.commands.status",
+    "trace": "fzg.commands.trace",
 }
 
 

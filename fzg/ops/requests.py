@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import gevent
 
 from fzg.host import clock
-from fzg.ops import snapshot
+from fzg.ops import snapshot, trace
 from fzg.ops.control import Refused
 from fzg.ops.drain import DEFAULT_TIMEOUT, INTERVAL
 
@@ -38,7 +38,7 @@ class Requests:
 
     def handlers(self) -> Mapping[str, Handler]:
         """For `ControlServer`."""
-        return {"status": self.status, "drain": self.drain}
+        return {"status": self.status, "drain": self.drain, "trace": self.trace}
 
     def status(self, _request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """A line of everything else, then lines of `clients`."""
@@ -56,6 +56,10 @@ class Requests:
             found = (snapshot.client(gateway, each, now) for each in ids[start : start + CLIENTS_A_TURN])
             yield {"clients": [each for each in found if each is not None]}
             _let_others_run()
+
+    def trace(self, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Why a packet passes or not."""
+        yield trace.trace(self._gateway, request, clock.now())
 
     def drain(self, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """How many clients are left, every second; goes on when the asker hangs up."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from copy import copy
 from enum import Enum, auto
 from math import inf
 from typing import TYPE_CHECKING
@@ -76,6 +77,17 @@ class Client:
         return not self._authorizations
 
     @property
+    def authorizations(self) -> Collection[Authorization]:
+        """All grants, those that have ended and were not swept yet included."""
+        return self._authorizations.values()
+
+    def rehearsal(self) -> Client:
+        """A client with the same rights now, to be judged in its place: what is asked of it leaves no trace here."""
+        twin = copy(self)
+        twin.nat = self.nat.rehearsal()
+        return twin
+
+    @property
     def resource_count(self) -> int:
         """How many resources are granted."""
         return len(self._authorizations)
@@ -144,6 +156,7 @@ class Client:
         unlisted = [resource_id for resource_id in self._authorizations if resource_id not in listed]
         for resource_id in unlisted:
             self.remove(resource_id)
+            _LOG.info("Access revoked", extra={"cid": self.id, "rid": resource_id})
         earlier = [self.set_expiry(resource_id, expires) for resource_id, expires in listed.items()]
         return bool(unlisted) or any(earlier)
 
@@ -199,6 +212,7 @@ class Client:
         ended = [key for key, authorization in self._authorizations.items() if authorization.expires <= now]
         for resource_id in ended:
             self.remove(resource_id)
+            _LOG.info("Access expired", extra={"cid": self.id, "rid": resource_id})
         self._next_expiry = min((each.expires for each in self._authorizations.values()), default=inf)
         return bool(ended)
 

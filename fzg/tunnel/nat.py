@@ -6,6 +6,7 @@ An entry joins an inside key (source value, proxy IP) with an outside key (sourc
 from __future__ import annotations
 
 from collections import OrderedDict
+from copy import copy
 from enum import Enum, auto
 from heapq import heappop, heappush
 from math import inf
@@ -161,23 +162,34 @@ class NatTable:
         self._count = 0
         return removed
 
+    def rehearsal(self) -> NatTable:
+        """A table that answers as this one would now, whatever it is asked, and remembers nothing."""
+        return _Rehearsal(self)
+
     def _open(self, source_value: int, proxy: bytes, real: bytes, now: float) -> Entry | None:
-        if self._count >= MAX_ENTRIES:
+        entry = self._plan(source_value, proxy, real, now)
+        if entry is None:
             return None
-        tag = source_value & _TAG
-        ports = self._outside.get((tag, real))
+        key = (entry.outside_value & _TAG, real)
+        ports = self._outside.get(key)
         if ports is None:
-            ports = self._outside[tag, real] = _Ports()
-        port = ports.free_from(source_value & 0xFFFF, tag)
-        if port is None:
-            return None
-        entry = Entry(source_value, proxy, tag | port, real, now)
+            ports = self._outside[key] = _Ports()
         self._count += 1
         self._inside.setdefault(proxy, {})[source_value] = entry
         ports.take(entry)
         self._expired.pop((entry.outside_value, real), None)
         self._arm(entry)
         return entry
+
+    def _plan(self, source_value: int, proxy: bytes, real: bytes, now: float) -> Entry | None:
+        """The session that would be opened."""
+        if self._count >= MAX_ENTRIES:
+            return None
+        tag = source_value & _TAG
+        ports = self._outside.get((tag, real))
+        wanted = source_value & 0xFFFF
+        port = wanted if ports is None else ports.free_from(wanted, tag)
+        return None if port is None else Entry(source_value, proxy, tag | port, real, now)
 
     def _remove(self, entry: Entry) -> None:
         entry.armed = inf
@@ -202,6 +214,30 @@ class NatTable:
             entry.armed = due
             self._sequence += 1
             heappush(self._due, (due, self._sequence, entry))
+
+
+class _Rehearsal(NatTable):
+    """See `NatTable.rehearsal`. Its own tables stay empty, and sessions are copies."""
+
+    __slots__ = ("_real",)
+
+    def __init__(self, real: NatTable) -> None:
+        super().__init__()
+        self._real = real
+
+    def outgoing(self, source_value: int, proxy: bytes, real: bytes, tcp_flags: int, now: float) -> Entry | None:  # noqa: ARG002
+        """As there."""
+        entry = self._real._inside.get(proxy, {}).get(source_value)  # noqa: SLF001 - its own class
+        return self._real._plan(source_value, proxy, real, now) if entry is None else copy(entry)  # noqa: SLF001
+
+    def incoming(self, destination_value: int, source: bytes, tcp_flags: int, now: float) -> Entry | Lookup:  # noqa: ARG002
+        """As there."""
+        ports = self._real._outside.get((destination_value & _TAG, source))  # noqa: SLF001
+        entry = ports.entries.get(destination_value) if ports is not None else None
+        if entry is None:
+            expired = (destination_value, source) in self._real._expired  # noqa: SLF001
+            return Lookup.EXPIRED if expired else Lookup.UNKNOWN
+        return copy(entry)
 
 
 class _Ports:

@@ -38,6 +38,11 @@ class ProxyTable:
         """The entry of a proxy IP."""
         return self._proxies.get(ip)
 
+    def of_name(self, domain: str) -> list[bytes]:
+        """The proxy IPs that stand for a name."""
+        wanted = normalize(domain)
+        return [ip for ip, proxy in self._proxies.items() if proxy.domain == wanted]
+
     def of_resource(self, resource_id: str) -> Collection[bytes]:
         """The proxy IPs that list a resource, held or not."""
         return self._by_resource.get(resource_id, ())

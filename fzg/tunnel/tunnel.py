@@ -140,6 +140,8 @@ class Tunnel:
         if client is None:
             return
         removed = client.remove(resource_id)
+        if removed:
+            _LOG.info("Access revoked", extra={"cid": client_id, "rid": resource_id})
         if client.is_empty:
             self._remove(client)
             self._events.append(ClientEmpty(client_id))
@@ -357,6 +359,20 @@ class Tunnel:
     def client(self, client_id: str) -> Client | None:
         """The client's rights and sessions, to look at."""
         return self._clients.get(client_id)
+
+    def client_at(self, address: bytes) -> Client | None:
+        """Who has this tunnel IP."""
+        return self._by_ip.get(address)
+
+    def rehearsal(self, client_id: str, now: float) -> Tunnel:
+        """A tunnel with this one client that judges its packets as this one would now, and keeps what it learns."""
+        other = Tunnel(now=now)
+        other._addresses = self._addresses
+        client = self._clients.get(client_id)
+        if client is not None:
+            twin = other._clients[client_id] = client.rehearsal()
+            other._by_ip = {each: twin for each in (client.ipv4, client.ipv6) if self._by_ip.get(each) is client}
+        return other
 
     @property
     def client_count(self) -> int:

@@ -79,6 +79,46 @@ def test_status_for_people_is_a_table_without_colour_codes_when_nobody_looks(lab
     assert ("is relayed because" in shown) == client["relayed"]
 
 
+def trace(lab, *words):
+    return json.loads(lab.gateway.command("trace", "--json", *words).stdout)
+
+
+def test_trace_says_of_packets_what_becomes_of_them_and_touches_nothing(lab):
+    (client,) = status(lab)["clients"]
+    address = client["addresses"][0]
+    before = status(lab)
+    allowed = trace(lab, "tcp", address, f"{SERVER}:80")
+    assert allowed["passes"] is True
+    assert allowed["client"] == client["id"]
+    assert allowed["connection"].endswith("connected")
+    refused = trace(lab, "tcp", address, "10.99.0.1:80", "--client", client["id"][:8])
+    assert refused["passes"] is False
+    assert refused["steps"][-1] == {
+        "check": "policy",
+        "outcome": "stop",
+        "detail": "no resource of the client covers 10.99.0.1",
+    }
+    after = status(lab)
+
+    def from_client(shown):
+        return {reason: total for reason, total in shown["drops"].items() if reason.startswith("from client")}
+
+    assert from_client(after) == from_client(before)
+    assert after["clients"][0]["nat_sessions"] == before["clients"][0]["nat_sessions"]
+    assert lab.client.curl(f"http://{SERVER}/get").ok
+
+
+def test_trace_knows_names_that_the_client_resolved(lab):
+    assert lab.client.curl("http://dns.httpbin.search.test/get").ok
+    (client,) = status(lab)["clients"]
+    shown = trace(lab, "tcp", client["addresses"][0], "dns.httpbin.search.test:80")
+    assert shown["passes"] is True
+    assert "172.21.0.10" in shown["translated"]
+    text = lab.gateway.command("trace", "tcp", client["addresses"][0], "dns.httpbin.search.test:80").stdout
+    assert "stands for dns.httpbin.search.test" in text
+    assert "from client: forwarded to the network" in text
+
+
 @pytest.mark.parametrize(("kind", "way"), [("direct", "command"), ("relayed", "signal")])
 def test_drain_sends_the_client_away_at_once_and_ends_with_status_0(kind, way):
     with Lab(kind) as lab:
