@@ -30,7 +30,7 @@ from fzg.host.errors import HostError
 from fzg.host.netlink_socket import NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, NetlinkError, NetlinkSocket
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
 # Values of the specification (tunnel 1.1, 1.2, 1.4; operations 1.13).
 SOCKET_MARK: Final = 0xFD002021
@@ -51,6 +51,7 @@ _FIB_RULE_INVERT: Final = 0x2
 _RTPROT_KERNEL: Final = 2
 _RTPROT_STATIC: Final = 4
 _RTN_UNICAST: Final = 1
+_RTN_LOCAL: Final = 2
 _RT_TABLE_UNSPEC: Final = 0
 _RT_TABLE_LOCAL: Final = 255
 
@@ -125,20 +126,29 @@ def remove_rules_and_routes() -> None:
 
 
 def overlap_warnings(interface: str) -> list[str]:
-    """A sentence per family in which the host has routes inside a range that our rule takes for the tunnel."""
+    """At most a sentence per family: what of the host's networks is inside a range that is taken for the tunnel."""
     sentences: list[str] = []
     with NetlinkSocket(socket.NETLINK_ROUTE) as netlink:
         for family in _FAMILIES:
-            found = list(dict.fromkeys(_overlaps(netlink, family, interface)))
-            if found:
-                listed = ", ".join(found[:_NAMED_OVERLAPS])
-                more = f" and {len(found) - _NAMED_OVERLAPS} more" if len(found) > _NAMED_OVERLAPS else ""
+            routes, addresses = _overlaps(netlink, family, interface)
+            if routes:
                 sentences.append(
-                    f"This host has a route to {listed}{more}, which overlaps {family.peers}, "
+                    f"This host has a route to {_some(routes)}, which overlaps {family.peers}, "
                     f"the range of clients' tunnel addresses: what this host sends there goes to {interface} instead. "
                     "Renumber that network, or run the gateway on a host that need not reach it."
                 )
+            elif addresses:
+                sentences.append(
+                    f"This host has the address {_some(addresses)}, which is inside {family.peers}, "
+                    "the range of clients' tunnel addresses: a client that gets it from the portal cannot be served. "
+                    "Remove that address, or run the gateway on a host without it."
+                )
     return sentences
+
+
+def _some(listed: list[str]) -> str:
+    more = f" and {len(listed) - _NAMED_OVERLAPS} more" if len(listed) > _NAMED_OVERLAPS else ""
+    return ", ".join(listed[:_NAMED_OVERLAPS]) + more
 
 
 def _index(interface: str) -> int:
@@ -256,21 +266,27 @@ def _destination(route: Any) -> IPv4Network | IPv6Network:
     return ip_network((route.get_attr("RTA_DST") or default, route["dst_len"]), strict=False)
 
 
-def _overlaps(netlink: NetlinkSocket, family: _Family, interface: str) -> Iterator[str]:
+def _overlaps(netlink: NetlinkSocket, family: _Family, interface: str) -> tuple[list[str], list[str]]:
+    """Routes to networks and own addresses, each with its interface; what is of the gateway itself left out."""
     target = family.peers
     # A destination that overlaps and is not too wide begins with the range's first bytes; 1 is RTA_DST.
     length = 4 + family.bits // 8
     pattern = struct.pack("=HH", length, 1) + target.network_address.packed[: family.widest_overlap // 8]
+    routes: dict[str, None] = {}
+    addresses: dict[str, None] = {}
     for route in _routes(netlink, family, None, containing=(pattern,)):
-        if route["dst_len"] < family.widest_overlap or route["type"] != _RTN_UNICAST:
+        if route["dst_len"] < family.widest_overlap or route["type"] not in (_RTN_UNICAST, _RTN_LOCAL):
             continue
         table = route.get_attr("RTA_TABLE")
-        if table == _RT_TABLE_LOCAL or ROUTING_TABLE <= table <= max(_FOREIGN_TABLES):
+        is_address = table == _RT_TABLE_LOCAL
+        if is_address != (route["type"] == _RTN_LOCAL) or ROUTING_TABLE <= table <= max(_FOREIGN_TABLES):
             continue
         destination = _destination(route)
         output = _interface_name(route.get_attr("RTA_OIF"))
         if output != interface and destination.overlaps(target):
-            yield f"{destination} by {output}" if output else str(destination)
+            text = str(destination.network_address if is_address else destination)
+            (addresses if is_address else routes)[f"{text} by {output}" if output else text] = None
+    return list(routes), [each.replace(" by ", " on ") for each in addresses]
 
 
 def _interface_name(index: int | None) -> str:
