@@ -138,6 +138,11 @@ class Script:
             [
                 [("again", 0, "fin", b"", 1), ("reply", 0, "fin", 1, 1), data, answer, ("pause", 5.0), ("pause", 0.75)],
                 [data, ("reply", 0, "rst", 1, 1), pause, pause, ("pause", 0.5)],
+                [
+                    answer,
+                    r.choice((("reply", 0, "rst", 1, 1), ("again", 0, "rst", b"", 1))),
+                    *[("pause", 0.25), answer] * 4,
+                ],
                 [("again", 0, "rst", b"", 1), ("pause", 0.75), self.packet(client=0), pause],
                 [data, pause, data, pause, data, pause, data, ("pause", 59.0), ("pause", 0.75)],
                 [data, answer, pause, answer, pause, answer, pause, answer, ("pause", 119.0), ("pause", 0.75)],
@@ -162,7 +167,8 @@ class Script:
                 [wait, answer, wait],
             ]
         )
-        return [first, answer, data, *middle, answer, data, answer]
+        answered = [answer] if r.random() < 0.7 else []
+        return [first, *answered, data, *middle, answer, data, answer]
 
     def step(self) -> Step:
         makers: list[tuple[int, Callable[[], Step]]] = [
