@@ -15,8 +15,10 @@ LAB_PACKAGES := ip=iproute2 nft=nftables turnserver=coturn iperf3=iperf3 curl=cu
 BINARY_PACKAGES := objdump=binutils strip=binutils
 TEST_PACKAGES := $(LAB_PACKAGES) $(BINARY_PACKAGES) setcap=libcap2-bin ping=iputils-ping ss=iproute2 dnsmasq=dnsmasq-base \
 	prometheus=prometheus promtool=prometheus sysctl=procps
+PACKAGING_PACKAGES := dpkg-deb=dpkg shellcheck=shellcheck mandoc=mandoc systemd-analyze=systemd mmdebstrap=mmdebstrap
+TEST_PACKAGES += $(PACKAGING_PACKAGES)
 
-.PHONY: help demo test test-all soak lint bench binary docs lock clean
+.PHONY: help demo test test-all soak lint bench binary package installer docs lock clean
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -60,6 +62,17 @@ docs: $(READY) ## write docs/settings.md anew from the code
 release: ## dist/release/firezone-gateway, the same for hosts with an older C library (as root, on Debian)
 	@packaging/require mmdebstrap=mmdebstrap unshare=util-linux git=git
 	packaging/release
+
+package: $(if $(FILE),$(READY),binary) ## dist/firezone-gateway_VERSION_ARCHITECTURE.deb (FILE=dist/release/firezone-gateway for older hosts too)
+	@packaging/require dpkg-deb=dpkg
+	packaging/debian/build $(PY) $(or $(FILE),dist/firezone-gateway) dist
+	@ls -l dist/*.deb
+
+# The address is fixed at release time: nobody who runs the installer can change where the program comes from.
+installer: $(READY) ## dist/install.sh for dist/SHA256SUMS (BASE_URL=https://… is where releases are downloaded from)
+	@test -n "$(BASE_URL)" || { echo "say where releases are downloaded from: make installer BASE_URL=https://..." >&2; exit 2; }
+	$(PY) packaging/make-installer $$($(PY) -c 'from fzg.version import VERSION; print(VERSION)') $(BASE_URL) $(or $(SUMS),dist/SHA256SUMS) >dist/install.sh.new
+	mv dist/install.sh.new dist/install.sh
 
 lock: ## write requirements.lock anew from pyproject.toml
 	$(VENV)/bin/pip install -q pip-tools

@@ -37,6 +37,9 @@ PACKAGES = {
     "dnsmasq": "dnsmasq-base",
     "promtool": "prometheus",
     "go": "golang-go",
+    "dpkg-deb": "dpkg",
+    "systemd-analyze": "systemd",
+    "systemd-sysusers": "systemd",
     "sysctl": "procps",
 }
 
