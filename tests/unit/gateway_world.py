@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from ipaddress import ip_address
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -328,11 +328,13 @@ class Socket(FakeUdp):
 class Party(Host):
     """A process: engine, sockets, and a TUN whose other end the test holds."""
 
-    def __init__(self, net: Net, addresses: list[str], nat: Nat | None, seed: int) -> None:
+    def __init__(
+        self, net: Net, addresses: list[str], nat: Nat | None, seed: int, make_engine: Callable[[], Any] = PureEngine
+    ) -> None:
         self.net = net
         self.nat = nat
         self.random = random.Random(seed).randbytes
-        self.engine = PureEngine()
+        self.engine = make_engine()
         self.static = KeyPair.generate(self.random)
         self.addresses = [ip_address(text).packed for text in addresses]
         self.sockets: dict[int, Socket] = {}
@@ -340,7 +342,8 @@ class Party(Host):
             net.hosts[packed] = self
             family = socket.AF_INET if len(packed) == 4 else socket.AF_INET6
             self.sockets[len(packed)] = Socket(self, packed)
-            self.engine.attach_udp(family, self.sockets[len(packed)], port=PORT)
+            attach = getattr(self.engine, "play_udp", self.engine.attach_udp)
+            attach(family, self.sockets[len(packed)], port=PORT)
         if nat is not None:
             net.nats[nat.public] = nat
         self.tun, self.kernel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
@@ -383,8 +386,16 @@ class Party(Host):
 
 
 class GatewayParty(Party):
-    def __init__(self, net: Net, addresses: list[str], nat: Nat | None = None, *, seed: int = 1) -> None:
-        super().__init__(net, addresses, nat, seed)
+    def __init__(
+        self,
+        net: Net,
+        addresses: list[str],
+        nat: Nat | None = None,
+        *,
+        seed: int = 1,
+        make_engine: Callable[[], Any] = PureEngine,
+    ) -> None:
+        super().__init__(net, addresses, nat, seed, make_engine)
         node = Node(static=self.static, engine=self.engine, random=self.random, unix_offset=UNIX_START, now=self.now)
         self.core = Gateway(
             node=node,
@@ -699,14 +710,25 @@ def cidr(network: str, *filters: messages.Filter, resource_id: str = RESOURCE_ID
 
 
 def world(
-    *, gateway: str = "public", client: str = "public", relays: int = 2, ipv6: bool = False, latency: float = 0.001
+    *,
+    gateway: str = "public",
+    client: str = "public",
+    relays: int = 2,
+    ipv6: bool = False,
+    latency: float = 0.001,
+    make_engine: Callable[[], Any] = PureEngine,
 ) -> World:
-    """`gateway` and `client`: public, nat (port-preserving), symmetric. Relays are as near as the latency says."""
+    """`gateway` and `client`: public, nat (port-preserving), symmetric. Relays are as near as the latency says.
+
+    `make_engine` makes the gateway's; clients have the one in Python.
+    """
     made = World(Net(latency=latency))
     _open.append(made)
     made.relays = [memory_relay(made.net, i, ipv6=ipv6) for i in range(relays)]
     made.gateway = GatewayParty(
-        made.net, *_placed(gateway, "203.0.113.5", "172.31.0.100", "2001:db8:5::100" if ipv6 else None)
+        made.net,
+        *_placed(gateway, "203.0.113.5", "172.31.0.100", "2001:db8:5::100" if ipv6 else None),
+        make_engine=make_engine,
     )
     made.clients = [
         ClientParty(made.net, *_placed(client, "203.0.113.7", "172.30.0.100", "2001:db8:7::100" if ipv6 else None))
