@@ -26,9 +26,9 @@ HEARTBEAT_INTERVAL_S: Final = 10.0
 JOIN_TIMEOUT_S: Final = 5.0
 MAX_UNANSWERED_HEARTBEATS: Final = 3
 
-MAX_QUEUED: Final = 4096
+MAX_QUEUED: Final = 16_384
 """A portal that provokes answers and does not read them: 40 s of that end with the heartbeat, this bounds the memory.
-Room for an answer, candidates and invalidations of 1000 clients."""
+Room for the acknowledgement and the candidates of 200 authorizations a second for as long, some 10 MB."""
 
 _TOPIC: Final = "gateway"
 _HEARTBEAT_TOPIC: Final = "phoenix"
@@ -109,11 +109,15 @@ class Channel:
         return self._joined and not self._over
 
     def send(self, message: Outbound) -> bool:
-        """Queues a message; an equal one that is still unsent stands for both. False when it is refused."""
+        """Queues a message; an equal one that is still unsent stands for both. False when it is refused.
+
+        With the queue full the connection has failed: what is left out of it would leave the portal with another
+        picture than ours, which only the `init` of the next connection puts right.
+        """
         if self._over:
             return False
         if message not in self._queue and len(self._queue) >= MAX_QUEUED:
-            self.skipped["outbound queue full"] += 1
+            self._fail(Hiccup(f"the portal does not read what we send: {MAX_QUEUED} messages wait"))
             return False
         self._queue.setdefault(message)
         return True

@@ -124,7 +124,11 @@ class Session:
 
     def send(self, message: Outbound) -> bool:
         """Queues a message and writes it at once if its turn has come and the socket takes it; False if refused."""
-        if self._closing or self._outcome.ready() or not self._channel.send(message):
+        if self._closing or self._outcome.ready():
+            return False
+        if not self._channel.send(message):
+            if isinstance(failed := self._channel.poll_event(), Hiccup):
+                self.end(failed.cause)
             return False
         self.flush()
         return True

@@ -26,7 +26,7 @@ from portal_world import (  # noqa: F401 - pytest finds them by name
 )
 
 from fzg.portal.backoff import Reconnect
-from fzg.portal.channel import Timing
+from fzg.portal.channel import MAX_QUEUED, Timing
 from fzg.portal.messages import (
     AuthorizationCreated,
     BroadcastIceCandidates,
@@ -322,6 +322,28 @@ def test_a_portal_that_reads_nothing_is_still_read_and_then_given_up_and_unwritt
     wait_until(lambda: connection.ended)
     written = connection.events().count("broadcast_ice_candidates")
     assert written + len(returned) == len(batches)
+
+
+@pytest.mark.slow
+def test_a_portal_that_reads_nothing_while_more_and_more_is_said_is_dialled_anew(portal, dial):
+    gateway = dial(timing=Timing(heartbeat_interval=60, join_timeout=60))
+    gateway.wait_connected()
+    connection = portal.connection(0)
+    connection.frame("set_snownet_capabilities")
+    connection.reading = False
+    large = BroadcastIceCandidates(client_ids=(CLIENT,), candidates=("candidate:" + "y" * 20_000_000,))
+    assert gateway.connection.send(large)
+    sent = 0
+    while gateway.connection.send(AuthorizationCreated(ref=str(sent))):
+        sent += 1
+    assert sent == MAX_QUEUED
+    gateway.wait_for("unsent")
+    assert gateway.application.log == ["connected", "disconnected", "unsent"]
+    assert gateway.application.unsent == [large]
+    connection.reading = True
+    gateway.wait_connected(2)
+    assert gateway.connection.send(NoRelays())
+    portal.connection(1).frame("no_relays")
 
 
 @pytest.mark.spec("PORTAL-61")

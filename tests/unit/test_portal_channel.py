@@ -317,12 +317,16 @@ def test_unsent_messages_are_told_in_order_and_refused_once_the_connection_is_ov
     assert not portal.send(NoRelays())
 
 
-def test_the_queue_of_a_portal_that_reads_nothing_is_bounded():
+def test_the_queue_of_a_portal_that_reads_nothing_is_bounded_and_its_end_is_that_of_the_connection():
     portal = Portal()
     portal.blocked = True
-    assert all(portal.channel.send(AuthorizationCreated(ref=str(n))) for n in range(4096))
+    assert all(portal.channel.send(AuthorizationCreated(ref=str(n))) for n in range(16_384))
+    assert portal.channel.send(AuthorizationCreated(ref="0"))  # an equal one waits already
+    assert portal.channel.poll_event() is None
     assert not portal.channel.send(AuthorizationCreated(ref="one more"))
-    assert portal.channel.send(AuthorizationCreated(ref="0"))
+    assert portal.channel.poll_event() == Hiccup("the portal does not read what we send: 16384 messages wait")
+    assert not portal.channel.send(AuthorizationCreated(ref="0"))
+    assert len(portal.channel.unsent()) == 16_384
 
 
 @pytest.mark.spec("PORTAL-35")
