@@ -56,15 +56,12 @@ def _family(host: HostFacts, family: socket.AddressFamily) -> Check:
     way = host.ways.get(family)
     if way is not None:
         return Check(name.lower(), State.OK, f"{name} leaves from {way.source}")
-    if family == socket.AF_INET6 and socket.AF_INET in host.ways:
+    if family == socket.AF_INET6:
         return Check(name.lower(), State.OK, "no IPv6 route to the internet; portal and relays are reached over IPv4")
     if socket.AF_INET6 in host.ways:
         return Check(name.lower(), State.OK, "no IPv4 route to the internet; portal and relays are reached over IPv6")
-    flag = "" if family == socket.AF_INET else "-6 "
-    what = f"there is no {name} route to the internet"
-    return Check(
-        name.lower(), State.FAIL, what, f"ip {flag}route show default; sudo ip {flag}route add default via ROUTER"
-    )
+    what = "there is no route to the internet"
+    return Check(name.lower(), State.FAIL, what, "ip route show default; sudo ip route add default via ROUTER")
 
 
 def mtu(host: HostFacts) -> Check:
