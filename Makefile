@@ -14,11 +14,11 @@ PYTEST := $(PY) -m pytest
 LAB_PACKAGES := ip=iproute2 nft=nftables turnserver=coturn iperf3=iperf3 curl=curl openssl=openssl setpriv=util-linux
 BINARY_PACKAGES := objdump=binutils strip=binutils
 TEST_PACKAGES := $(LAB_PACKAGES) $(BINARY_PACKAGES) setcap=libcap2-bin ping=iputils-ping ss=iproute2 dnsmasq=dnsmasq-base \
-	prometheus=prometheus promtool=prometheus sysctl=procps
+	prometheus=prometheus promtool=prometheus sysctl=procps su=util-linux useradd=passwd git=git
 PACKAGING_PACKAGES := dpkg-deb=dpkg shellcheck=shellcheck mandoc=mandoc systemd-analyze=systemd mmdebstrap=mmdebstrap
 TEST_PACKAGES += $(PACKAGING_PACKAGES)
 
-.PHONY: help demo test test-all soak lint bench binary package installer docs lock clean
+.PHONY: help demo test test-all soak lint bench binary release package installer docs lock clean
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 

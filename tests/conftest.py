@@ -30,6 +30,8 @@ PACKAGES = {
     "nft": "nftables",
     "turnserver": "coturn",
     "setpriv": "util-linux",
+    "su": "util-linux",
+    "useradd": "passwd",
     "unshare": "util-linux",
     "setcap": "libcap2-bin",
     "objdump": "binutils",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from gateway_process import Gateway, portal_in
@@ -47,8 +49,10 @@ def start(namespace):
 
 @pytest.fixture(scope="session")
 def frozen():
-    """dist/firezone-gateway, built anew when it is older than what it is made of."""
+    """dist/firezone-gateway, built anew when it is older than what it is made of; or the file that FZG_FROZEN names."""
     pytest.importorskip("PyInstaller", reason="missing pyinstaller (the extra `build`)")
+    if built := os.environ.get("FZG_FROZEN"):
+        return Path(built).resolve()
     file = REPOSITORY / "dist" / "firezone-gateway"
     lock = REPOSITORY / "build" / "freeze.lock"
     lock.parent.mkdir(exist_ok=True)
@@ -61,6 +65,6 @@ def frozen():
 
 def ingredients():
     yield from (path for path in (REPOSITORY / "fzg").rglob("*") if path.suffix in {".py", ".pyx", ".so"})
-    yield from (path for path in (REPOSITORY / "packaging").rglob("*") if path.is_file())
+    yield from (REPOSITORY / "packaging" / name for name in ("freeze", "follow_launcher.py", "hooks/hook-gevent.py"))
     yield REPOSITORY / "firezone_gateway.spec"
     yield REPOSITORY / "requirements.lock"

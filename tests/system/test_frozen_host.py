@@ -1,0 +1,273 @@
+"""The shipped file on hosts of all kinds: whose user it is, what is missing, where nothing may be written or run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from frozen_world import (
+    OF_THE_HOST,
+    UNPACKED,
+    NewUser,
+    hide_libraries,
+    launcher_of,
+    processes_of,
+    programs_mapped,
+    status_of,
+)
+
+from tests.lab.scripted_portal import wait_until
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.slow,
+    pytest.mark.needs("namespaces", "tun", "ip", "nft", "setpriv", "setcap", "objdump", "strip", "su", "useradd"),
+]
+
+CAP_NET_ADMIN = 1 << 12
+VERSION_LINE = "firezone-gateway 1.6.1\n"
+OLD_S = 3600.0
+
+
+@pytest.fixture(scope="module")
+def folder():
+    """A directory that every user may enter."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+@pytest.fixture(scope="module")
+def capable(frozen, folder):
+    """A copy with the file capability, as the documentation tells the operator to make it."""
+    copy = folder / "firezone-gateway"
+    shutil.copy(frozen, copy)
+    subprocess.run(["setcap", "cap_net_admin+eip", copy], check=True)
+    return copy
+
+
+@pytest.fixture
+def own(namespace, folder):
+    """A directory of the test's own that every user may enter."""
+    path = folder / namespace.name
+    path.mkdir()
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def newcomer(namespace, own):
+    """A user made just now, on a host where every user may open the TUN device."""
+    user = NewUser(namespace, own)
+    node = own / "tun"
+    os.mknod(node, 0o666 | 0o020000, os.makedev(10, 200))
+    node.chmod(0o666)
+    namespace.bind("/dev/net/tun", node)
+    return user
+
+
+def end(namespace, gateway, file):
+    """Ask the launcher to end, not `su`, which would kill what takes longer than two seconds."""
+    os.kill(launcher_of(namespace, file), signal.SIGTERM)
+    return gateway.ends()
+
+
+@pytest.mark.spec("OPS-16", "OPS-17", "OPS-50")
+def test_as_a_new_user_with_the_file_capability_it_works_where_the_host_has_none_of_its_libraries(
+    namespace, portal, start, capable, newcomer, own
+):
+    hidden = hide_libraries(namespace, capable, own)
+    assert {"libcrypto.so.3", "libssl.so.3"} & hidden or not Path("/usr/bin/openssl").exists()
+    gateway = start(portal=portal, prefix=newcomer.prefix, command=[capable], SSL_CERT_FILE=None)
+    gateway.wait_ready()
+    pids = processes_of(namespace, capable)
+    assert len(pids) == 2
+    for pid in pids:
+        status = status_of(pid)
+        assert set(status["Uid"].split()) == {str(newcomer.uid)}
+        assert {int(status[name], 16) for name in ("CapEff", "CapPrm")} == {CAP_NET_ADMIN}
+    mapped = set().union(*map(programs_mapped, pids))
+    unpacked = {path for path in mapped if UNPACKED.match(path)}
+    foreign = {Path(path).name for path in mapped - unpacked - {str(capable)}}
+    assert {name for name in foreign if not OF_THE_HOST.fullmatch(name)} == set()
+    names = {Path(path).name.split(".so")[0].split(".cpython")[0] for path in unpacked}
+    assert {"libcrypto", "libssl", "_native"} <= names
+    assert end(namespace, gateway, capable) == 0
+    assert gateway.levels() <= {"INFO", "WARN"}
+    assert not [path for path in unpacked if Path(path).exists()]
+
+
+@pytest.mark.spec("OPS-18")
+def test_its_child_works_with_the_capability_and_no_other_process_is_ever_made(
+    namespace, portal, start, capable, newcomer
+):
+    gateway = start(portal=portal, prefix=newcomer.prefix, command=[capable])
+    gateway.wait_ready()
+    launcher = launcher_of(namespace, capable)
+    (child,) = set(processes_of(namespace, capable)) - {launcher}
+    assert Path(f"/proc/{child}/task/{child}/children").read_text() == ""
+    assert int(status_of(child)["CapEff"], 16) == CAP_NET_ADMIN
+    assert "masquerade" in namespace.run("nft", "list", "ruleset").stdout
+    assert end(namespace, gateway, capable) == 0
+
+
+class TestTemporaryDirectories:
+    """A program with capabilities does not get TMPDIR; TEMP and TMP it does."""
+
+    def run(self, namespace, newcomer, capable, mounts, *variables):
+        """`--version` as the new user, after these mounts."""
+        command = [*newcomer.prefix, "env", *variables, capable, "--version"]
+        script = f'{mounts} && exec "$@"'
+        words = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh", *command]
+        return namespace.run(*words, check=False)
+
+    @pytest.mark.spec("OPS-56")
+    @pytest.mark.parametrize("variable", ["TEMP", "TMP"])
+    def test_where_tmp_may_not_execute_another_can_be_named(self, namespace, newcomer, capable, own, variable):
+        place = own / "place"
+        place.mkdir()
+        place.chmod(0o1777)
+        noexec = "mount -t tmpfs -o noexec,mode=1777 tmpfs /tmp && mount -t tmpfs -o noexec,mode=1777 tmpfs /var/tmp"
+        mounts = f"mount --bind {own.parent} /mnt && {noexec}"  # it lies in /tmp itself, which is covered
+        reachable = Path("/mnt") / capable.relative_to(own.parent)
+        refused = self.run(namespace, newcomer, reachable, mounts)
+        assert refused.returncode != 0
+        assert re.search(r"/tmp/_MEI\S+: failed to map segment from shared object", refused.stderr)
+        place = Path("/mnt") / place.relative_to(own.parent)
+        done = self.run(namespace, newcomer, reachable, mounts, f"{variable}={place}")
+        assert (done.returncode, done.stdout, done.stderr) == (0, VERSION_LINE, "")
+
+    def test_on_a_read_only_root_a_directory_in_memory_can_be_named(self, namespace, newcomer, capable, own):
+        covered = " && ".join(f"mount -t tmpfs -o ro tmpfs {place}" for place in ("/tmp", "/var/tmp"))
+        mounts = (
+            "mount -t tmpfs tmpfs /mnt && mkdir /mnt/memory /mnt/file && "
+            "mount -t tmpfs -o mode=1777 tmpfs /mnt/memory && "
+            f"mount --bind {own.parent} /mnt/file && {covered} && mount -o remount,ro,bind /mnt"
+        )
+        reachable = Path("/mnt/file") / capable.relative_to(own.parent)
+        refused = self.run(namespace, newcomer, reachable, mounts)
+        assert refused.returncode != 0
+        assert "Could not create temporary directory" in refused.stderr
+        done = self.run(namespace, newcomer, reachable, mounts, "TEMP=/mnt/memory")
+        assert (done.returncode, done.stdout, done.stderr) == (0, VERSION_LINE, "")
+
+    def test_on_a_full_disk_it_ends_and_the_next_start_removes_what_it_had_unpacked(
+        self, namespace, newcomer, capable, own
+    ):
+        place = own / "small"
+        place.mkdir()
+        start = shlex.join([*newcomer.prefix, "env", f"TEMP={place}", str(capable), "--version"])
+        script = f"""
+            mount -t tmpfs -o size=4m,mode=1777 tmpfs {place}
+            {start}
+            echo "status $?, folders: $(ls -A {place} | wc -l)"
+            mount -o remount,size=64m {place}
+            touch --date '1 hour ago' {place}/_MEI*
+            {start}
+            echo "status $?, folders: $(ls -A {place} | wc -l)"
+        """
+        done = namespace.run("unshare", "--mount", "--propagation", "private", "sh", "-c", script, check=False)
+        assert "Failed to extract" in done.stderr
+        assert done.stdout == f"status 255, folders: 1\n{VERSION_LINE}status 0, folders: 0\n"
+
+
+class TestLeftovers:
+    """The unpacked files of a gateway whose two processes were both killed."""
+
+    @pytest.fixture
+    def place(self, own):
+        path = own / "place"
+        path.mkdir()
+        path.chmod(0o1777)
+        return path
+
+    @pytest.fixture
+    def begin(self, start, portal, newcomer, capable, place):
+        def one(**variables):
+            gateway = start(portal=portal, prefix=newcomer.prefix, command=[capable], TEMP=str(place), **variables)
+            gateway.wait_ready()
+            return gateway
+
+        return one
+
+    @staticmethod
+    def kill(namespace, file):
+        pids = processes_of(namespace, file)
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: processes_of(namespace, file) == [], "no process any more")
+
+    @staticmethod
+    def make_old(path):
+        os.utime(path, (time.time() - OLD_S,) * 2)
+
+    def test_a_killed_launcher_takes_a_child_with_capabilities_with_it(self, namespace, begin, capable, place):
+        begin()
+        os.kill(launcher_of(namespace, capable), signal.SIGKILL)
+        wait_until(lambda: processes_of(namespace, capable) == [], "no process any more")
+        assert list(place.iterdir()) == []
+        assert namespace.run("nft", "list", "ruleset").stdout == ""
+
+    @pytest.mark.spec("OPS-46")
+    def test_the_next_start_removes_what_a_killed_one_left(self, namespace, begin, capable, place):
+        begin()
+        self.kill(namespace, capable)
+        (left,) = place.iterdir()
+        self.make_old(left)
+        gateway = begin()
+        (mine,) = place.iterdir()
+        assert mine != left
+        assert namespace.run("ip", "rule").stdout.count("fwmark 0xfd002021") == 1
+        assert namespace.run("nft", "list", "ruleset").stdout.count("chain postrouting") == 2
+        assert end(namespace, gateway, capable) == 0
+        assert list(place.iterdir()) == []
+
+    def test_what_is_in_use_or_young_or_not_ours_stays(self, namespace, begin, capable, place, newcomer):
+        gateway = begin()
+        (in_use,) = place.iterdir()
+        self.make_old(in_use)
+        gone = max(processes_of(namespace, capable)) + 100_000  # no such process: ids end at 2**22
+        others = {
+            "without our mark": place / f"_MEI{gone:08x}abcdef",
+            "young": place / f"_MEI{gone:08x}bcdefg",
+            "of another user": place / f"_MEI{gone:08x}cdefgh",
+            "of a launcher that lives": place / f"_MEI{os.getpid():08x}defghi",
+            "a link": place / f"_MEI{gone:08x}efghij",
+            "of another name": place / "_MEIabcdef",
+        }
+        target = place.parent / "target"
+        for what, path in others.items():
+            folder = target if what == "a link" else path
+            folder.mkdir()
+            if what == "a link":
+                path.symlink_to(target)
+            if what != "without our mark":
+                (folder / ".firezone-gateway.json").write_text("{}")
+            for each in (folder, *folder.iterdir()):
+                os.chown(each, *((0, 0) if what == "of another user" else (newcomer.uid, newcomer.uid)))
+            if what != "young":
+                self.make_old(folder)
+            if what == "a link":
+                os.chown(path, newcomer.uid, newcomer.uid, follow_symlinks=False)
+        ours = place / f"_MEI{gone:08x}fghijk"
+        ours.mkdir()
+        (ours / ".firezone-gateway.json").write_text("{}")
+        for each in (ours, *ours.iterdir()):
+            os.chown(each, newcomer.uid, newcomer.uid)
+        self.make_old(ours)
+        command = [*newcomer.prefix, "env", f"TEMP={place}", capable, "--version"]
+        assert namespace.run(*command).stdout == VERSION_LINE
+        assert not ours.exists()
+        assert set(place.iterdir()) == {in_use, *others.values()}
+        assert (target / ".firezone-gateway.json").exists()
+        assert end(namespace, gateway, capable) == 0
