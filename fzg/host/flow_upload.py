@@ -133,7 +133,7 @@ class Uploader:
         if config is None or target is None:
             return IDLE_PAUSE
         self._redirects_left = MAX_REDIRECTS
-        interval = min(float(config.interval), LONGEST_INTERVAL)
+        interval = min(config.interval, LONGEST_INTERVAL)
         try:
             backlog = [self._upload(directory, config, target) for directory in self._apply(self._spool.waiting)]
         except _PassOver as over:

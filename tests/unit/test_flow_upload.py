@@ -357,8 +357,9 @@ def test_new_settings_end_a_long_wait(world):
     assert len(world.collector.requests) == 1
 
 
-def test_an_interval_of_years_is_a_day(world):
-    world.configure(interval=1 << 60)
+@pytest.mark.parametrize("interval", [1 << 60, 10**400], ids=["ages", "more-than-a-float-holds"])
+def test_an_interval_of_years_is_a_day(world, interval):
+    world.configure(interval=interval)
     assert world.uploader.run_pass() == 86_400
 
 
