@@ -96,7 +96,7 @@ class Machine:
         stdin = environment.pop("stdin", None)
         variables = [f"{name}={value}" for name, value in {"PATH": PATH, "LC_ALL": "C.UTF-8", **environment}.items()]
         done = subprocess.run(
-            ["nsenter", f"--target={self.pid}", "--all", "--wd=/", "env", "-i", *variables, *map(str, command)],
+            ["nsenter", f"--target={self.pid}", "--all", "env", "-i", "-C", "/", *variables, *map(str, command)],
             input=stdin,
             stdin=subprocess.DEVNULL if stdin is None else None,
             capture_output=True,
@@ -108,7 +108,7 @@ class Machine:
         return done
 
     def changed(self) -> set[str]:
-        """Files that it has and the files it started with had not, or that differ; those of /run, /tmp and /dev apart."""
+        """Files that it has and did not start with, or that differ; those of /run, /tmp and /dev apart."""
         upper = self.path("/dev/changes")
         found = (Path(folder) / name for folder, _, names in os.walk(upper) for name in names)
         return {f"/{path.relative_to(upper)}" for path in found if not path.is_char_device()}  # those are removals
@@ -135,9 +135,10 @@ def scratch_host(directory: Path, **options):
 
 
 @contextlib.contextmanager
-def debian(directory: Path, **options):
+def debian(directory: Path, *, machine_id: str, **options):
     """A freshly installed Debian with systemd as its first process, booted."""
-    with Machine(directory, lower=debian_root(), init="/lib/systemd/systemd", boots=True, **options) as machine:
+    init = f"/lib/systemd/systemd --machine-id={machine_id}"
+    with Machine(directory, lower=debian_root(), init=init, boots=True, **options) as machine:
         wait_until(
             lambda: (
                 machine.run("systemctl", "is-system-running", check=False).stdout.strip() in {"running", "degraded"}
