@@ -34,12 +34,14 @@ from fzg.ops.metrics import Metrics, Sources
 from fzg.ops.notify import Notifier
 from fzg.ops.portal_watch import PortalWatch
 from fzg.ops.requests import Requests
+from fzg.ops.wire_trace import traced
 from fzg.portal import identity, url, user_agent
 from fzg.portal.backoff import Reconnect
 from fzg.portal.dial import DialOptions
 from fzg.portal.proxy import InvalidProxy, proxy_for
 from fzg.portal.websocket import Login, PortalConnection
 from fzg.tunnel.flow_record import FlowRecord
+from fzg.tunnel.ranges import PEER_V4, PEER_V6
 from fzg.tunnel.tunnel import Tunnel
 from fzg.version import VERSION
 from fzg.wire.endpoint import Endpoint
@@ -54,12 +56,14 @@ if TYPE_CHECKING:
     from fzg.settings import Settings
 
 _LOG = logging.getLogger(__name__)
+_DNS_TRACE = logging.getLogger("wire.dns.res")
 
 ADDRESSES_SETTLE = 0.5  # s: an interface that comes up changes many times; IPv6 addresses are tentative for a second
 REPAIR_INTERVAL = 60.0  # s between looks at our host rules: Docker or a firewall that restarts flushes them
 LONGEST_SLEEP = 1.0  # s: a host that was suspended must catch up at once (spec README, clocks)
 RESOLVE_TIMEOUT = 10.0  # s for one name (tunnel 1.3)
 CONCURRENT_RESOLUTIONS = 1000  # tunnel 1.3; the tunnel refuses more, so the pool never blocks
+REFUSALS_WORTH_A_HINT = 3  # datagrams; one alone may have met a firewall that is being reloaded
 REPORT_INTERVAL = 1.0  # s between words to the service manager, which may wait for them for a few seconds only
 LOOKUP_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)  # s, operations 1.10
 GOODBYE_FLUSH = 1.0  # s for the last datagrams and the close frame (operations 1.14)
@@ -93,6 +97,7 @@ class App:
         self._portal_watch = PortalWatch(clock.now())
         self._notifier = Notifier(os.environ)
         self._report_at = 0.0
+        self._hinted = False
         # With a descriptor in place of the TUN no route leads into the tunnel, so no mark is needed to stay out of it.
         self._mark = udp.FIREWALL_MARK if settings.tun_fd is None else None
 
@@ -135,7 +140,7 @@ class App:
         except (url.InvalidUrl, InvalidProxy, HostError) as error:
             raise FatalError(str(error)) from error
         try:
-            self._engine = make_engine()
+            self._engine = traced(make_engine())
         except EngineUnavailableError as error:
             raise FatalError(str(error)) from error
         self._open_sockets()
@@ -347,6 +352,7 @@ class App:
     def _report(self) -> None:
         """Once a second, from the greenlet without which nothing goes on: to the service manager, and to the log."""
         logs.summarise_repeats()
+        self._hint_at_firewall()
         if not self._notifier.is_wanted:
             return
         connected = sum(1 for connection in self._gateway.node.connections if connection.path is not None)
@@ -360,6 +366,20 @@ class App:
             status = f"{clients}, portal away: {self._portal.last_error}"
         healthy = self._lag.is_healthy and not any(task.dead for task in self._tasks)
         self._notifier.report(ready=not_ready is None, healthy=healthy, status=status)
+
+    def _hint_at_firewall(self) -> None:
+        """Say once that the host itself refuses what we send (operations 1.8)."""
+        if self._hinted:
+            return
+        counters = self._engine.counters()
+        refused = sum(counters.get(f"drop_udp_send_{name}", 0) for name in ("eperm", "eacces"))
+        if refused >= REFUSALS_WORTH_A_HINT:
+            self._hinted = True
+            _LOG.info(
+                "The host refuses to send UDP (permission denied): check the local firewall for outbound UDP to the"
+                " portal's relays (STUN, TURN, port 3478) and to clients (WireGuard, any port)",
+                extra={"refused": refused},
+            )
 
     def _run_pump(self, fd: int, receive: Callable[..., Sequence[Item]], *arguments: int) -> None:
         """Wait for the descriptor's own watcher before each bounded turn, so that no socket starves (design 3).
@@ -463,6 +483,13 @@ class App:
             addresses = self._resolver.resolve(domain)
         now = clock.now()
         self._lookups.observe(now - began)
+        if _DNS_TRACE.isEnabledFor(logs.TRACE):
+            found = "timed out" if addresses is None else [str(address) for address in addresses]
+            _DNS_TRACE.log(
+                logs.TRACE,
+                "A name of a resource was resolved",
+                extra={"domain": domain, "addresses": found, "seconds": round(now - began, 4)},
+            )
         self._gateway.handle_resolved(request, addresses, now)
         self._drain()
 
@@ -474,6 +501,8 @@ class App:
             self._say(configured)
             served = ((wanted.ipv4, configured.ipv4), (wanted.ipv6, configured.ipv6))
             self._dns_server.bind([address for address, works in served if works])
+            families = ((PEER_V4, configured.ipv4), (PEER_V6, configured.ipv6))
+            _LOG.info("New routes set", extra={"new_routes": [str(route) for route, works in families if works]})
         except (HostError, OSError) as error:
             self._fail(FatalError(f"the TUN device cannot be configured: {logs.chain(error)}"))
             return
@@ -526,7 +555,7 @@ class App:
 
     def _interrupt(self, number: int) -> None:
         if not self._stop.ready():
-            _LOG.info("Shutting down", extra={"signal": signal.Signals(number).name})
+            _LOG.info("Signal received", extra={"signal": signal.Signals(number).name})
             self._stop.set(None)
 
     def _drain_on_signal(self) -> None:
@@ -541,6 +570,7 @@ class App:
 
     def _shut_down(self) -> None:
         """Close frame, goodbye to clients, allocations deleted, host rules removed; at most a few seconds."""
+        _LOG.info("Shutting down")
         now = clock.now()
         self._notifier.stopping()
         self._portal.close(wait=GOODBYE_FLUSH)

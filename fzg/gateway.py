@@ -371,7 +371,9 @@ class Gateway:
             _LOG.info("Authorization refused: the gateway is being drained cid=%s", client.id)
             return
         if message.use_iceless:
-            _LOG.warning("Authorization skipped: it asks for ICE-less mode, which was not offered cid=%s", client.id)
+            _LOG.warning(
+                "Authorization skipped: it asks for ICE-less mode, which was not offered", extra={"cid": client.id}
+            )
             return
         known = client.id in self._handles
         handle = self._handles[client.id] if known else next(self._new_handles)
@@ -388,7 +390,7 @@ class Gateway:
             )
         except NoRelayAvailableError:
             if not (wait and self.node.relays.is_probing and self._waiting.add(message, now)):
-                _LOG.info("Authorization refused: no relay has answered yet cid=%s", client.id)
+                _LOG.info("Authorization refused: no relay has answered yet", extra={"cid": client.id})
                 self._no_relays_pending = True
             return
         expires = None if message.expires_at is None else self._deadline(message.expires_at, now)
@@ -396,7 +398,9 @@ class Gateway:
         if not self.tunnel.grant(
             client.id, client.ipv4, client.ipv6, _resource(message.resource), expires, now, attribution=attribution
         ):
-            _LOG.warning("Authorization refused: it cannot be recorded cid=%s rid=%s", client.id, message.resource.id)
+            _LOG.warning(
+                "Authorization refused: it cannot be recorded", extra={"cid": client.id, "rid": message.resource.id}
+            )
             if not known:
                 self.node.drop(client.id)
             return
@@ -404,10 +408,12 @@ class Gateway:
         self._clients[handle] = client.id
         self._traffic.setdefault(handle, traffic.Traffic())
         _LOG.info(
-            "Access allowed cid=%s rid=%s expires_in=%s",
-            client.id,
-            message.resource.id,
-            "never" if expires is None else f"{expires - now:.0f}s",
+            "Access allowed",
+            extra={
+                "cid": client.id,
+                "rid": message.resource.id,
+                "expires_in": "never" if expires is None else f"{expires - now:.0f}s",
+            },
         )
         self._tell_portal(message.acknowledgement())
         if attribution is not None:
@@ -429,11 +435,11 @@ class Gateway:
                     case ResolveDomain(request=request, domain=domain):
                         self._events.append(Resolve(request, domain))
                     case ClientEmpty(client_id=client_id):
-                        _LOG.info("Connection closed: no authorization is left cid=%s", client_id)
+                        _LOG.info("Connection closed: no authorization is left", extra={"cid": client_id})
                         self.node.close(client_id, now)
                         self._forget(client_id)
                     case ClientGone(client_id=client_id):
-                        _LOG.info("Connection closed: goodbye received cid=%s", client_id)
+                        _LOG.info("Connection closed: goodbye received", extra={"cid": client_id})
                         self.node.drop(client_id)
                         self._forget(client_id)
             while (node_event := self.node.poll_event()) is not None:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from fzg.host.nameservers import Upstream
 
 _LOG = logging.getLogger(__name__)
+_TRACE = logging.getLogger("wire.dns.qry")
+_TRACE_LEVEL = 5  # below DEBUG
 
 # Specification (tunnel 1.3, 1.4, 8).
 PORT: Final = 53535
@@ -196,6 +198,10 @@ class DnsServer:
         """The answer of the fastest nameserver; None when there is none in time."""
         try:
             server = self._nameservers.fastest(tcp=tcp)
+            if _TRACE.isEnabledFor(_TRACE_LEVEL):
+                name, kind, _ = query.question or ("", 0, 0)
+                fields = {"client": client, "domain": str(name), "type": kind, "nameserver": str(server), "tcp": tcp}
+                _TRACE.log(_TRACE_LEVEL, "A query is passed on", extra=fields)
             if server is None:
                 return None
             with gevent.Timeout(QUERY_TIMEOUT, TimeoutError("timed out")):

@@ -177,7 +177,7 @@ class Node:
         if relay_id is None:
             raise NoRelayAvailableError
         if connection is not None:
-            _LOG.info("Connection replaced: the authorization has other keys or credentials cid=%s", client_id)
+            _LOG.info("Connection replaced: the authorization has other keys or credentials", extra={"cid": client_id})
             self._remove(connection)
         self._create(client_id, handle, identity, relay_id, address, now)
         return False
@@ -393,7 +393,7 @@ class Node:
         is_closed = self.relays.nat_maps_by_destination or (not is_reachable and self.relays.is_behind_nat)
         if self._role is Role.CONTROLLED and is_closed:
             self.signalling.postpone(client_id, now + RELAY_PATH_WAIT)
-        _LOG.info("Connection created cid=%s index=%06x relay=%s", client_id, index, relay_id)
+        _LOG.info("Connection created", extra={"cid": client_id, "index": f"{index:06x}", "relay": relay_id})
         _LOG.debug(
             "Candidates offered cid=%s reported=%d offered=%d",
             client_id,
@@ -410,7 +410,7 @@ class Node:
         if connection.relay_id is not None:
             for local in self._candidates(connection.relay_id):
                 self._offer(connection, local, now)
-        _LOG.info("Connection reused cid=%s", connection.client_id)
+        _LOG.info("Connection reused", extra={"cid": connection.client_id})
         self._settle(connection, now)
 
     def _candidates(self, relay_id: str) -> list[LocalCandidate]:
@@ -448,7 +448,7 @@ class Node:
         """Drain one connection after an input, and re-arm its timer if the deadline moved."""
         connection.settle(now)
         if connection.state is ConnectionState.FAILED and connection.failure is not None:
-            _LOG.info("Connection failed: %s cid=%s", connection.failure.value, connection.client_id)
+            _LOG.info("Connection failed: %s", connection.failure.value, extra={"cid": connection.client_id})
             self._remove(connection)
             self._events.append(ConnectionFailed(connection.client_id, connection.failure))
             return
@@ -460,9 +460,12 @@ class Node:
         while (event := connection.poll_event()) is not None:
             match event:
                 case Established(path=path):
-                    _LOG.info("Connection established cid=%s path=%s", connection.client_id, path.kind)
+                    _LOG.info("Connection established", extra={"cid": connection.client_id, "path": path.kind})
                     self._events.append(ConnectionEstablished(connection.client_id, path))
-                case PathChanged(new=new):
+                case PathChanged(old=old, new=new):
+                    if old is not None and connection.handshake_at is not None:
+                        fields = {"cid": connection.client_id, "path": new.kind, "was": old.kind}
+                        _LOG.info("Connection takes another path", extra=fields)
                     _LOG.debug("Path changed cid=%s path=%s", connection.client_id, new)
                     self._relayed.track(connection, new)
         self._timers.arm(connection, connection.poll_timeout())
@@ -615,7 +618,7 @@ class Node:
             connection.relay_route_changed(now)
             return
         self._homeless.pop(connection.client_id, None)
-        _LOG.info("Connection moved to another relay cid=%s relay=%s", connection.client_id, relay_id)
+        _LOG.info("Connection moved to another relay", extra={"cid": connection.client_id, "relay": relay_id})
         for local in self.relays.candidates(relay_id):
             self._offer(connection, local, now)
         for remote in connection.agent.remote_candidates():

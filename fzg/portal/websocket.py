@@ -174,6 +174,7 @@ class PortalConnection:
                 self._finished.wait(wait)
             if self._session is not None:
                 self._session.end("closed")
+            _LOG.info("Closed the portal connection")
 
     def _connect_once(self) -> float | None:
         """One dial and what becomes of it; returns the wait before the next one, None at the end."""
@@ -199,13 +200,10 @@ class PortalConnection:
     def _handle_hiccup(self, cause: Exception, retry: Retry | None) -> float | None:
         body = cause.rejection.body if isinstance(cause, Rejected) else ""
         if retry is not None:
-            _LOG.info(
-                "Portal connection failed, dialling again: %s delay=%.3fs budget=%.1fs%s",
-                cause,
-                retry.delay,
-                retry.budget,
-                f" body={body!r}" if body else "",
-            )
+            fields = {"delay": f"{retry.delay:.3f}s", "budget": f"{retry.budget:.1f}s"}
+            if body:
+                fields["body"] = body
+            _LOG.info("Portal connection failed, dialling again: %s", cause, extra=fields)
         self._handler.on_disconnected()
         self._give_back_unsent()
         if retry is not None:
@@ -284,7 +282,7 @@ class PortalConnection:
                 self.parted_at = self._clock()
 
     def _handle_joined(self) -> None:
-        _LOG.info("Connected to the portal host=%s", self._login.url.host)
+        _LOG.info("Connected to the portal", extra={"host": self._login.url.host})
         self._reconnect.handle_joined()
         self.joined_at = self._clock()
         self.last_error = None

@@ -296,6 +296,7 @@ class RelaySet:
         self._allocations[relay.id] = allocation
         for socket in relay.sockets:
             self._by_socket[socket] = allocation
+            _LOG.info("TURN server added", extra={"rid": relay.id, "address": str(socket)})
         return True
 
     def _remove(self, allocation: Allocation, now: float, *, replaced: bool = False) -> None:
@@ -303,6 +304,8 @@ class RelaySet:
         allocation.delete()
         allocation.close(now)
         self._forget(allocation)
+        if not replaced:
+            _LOG.info("TURN server removed", extra={"rid": allocation.relay.id})
         self._outbox.events.append(RelayRemoved(allocation.relay.id, replaced=replaced, failed=False))
 
     def _bury(self, allocation: Allocation) -> None:

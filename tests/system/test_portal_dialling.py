@@ -283,8 +283,9 @@ def test_other_refusals_are_retried_and_their_body_is_logged(portal, dial, statu
     gateway = dial()
     gateway.wait_connected()
     assert f"HTTP {status}" in caplog.text
-    assert "gateway_already_connected" in caplog.text
-    assert "Another connection" in caplog.text
+    refusals = [record for record in caplog.records if "dialling again" in record.getMessage()]
+    assert {record.body for record in refusals} == {body}
+    assert all(re.fullmatch(r"\d+\.\d{3}s \d+\.\ds", f"{record.delay} {record.budget}") for record in refusals)
     assert all(request.path.startswith("/gateway/") for request in portal.requests)
     assert gateway.application.error is None
 
