@@ -18,7 +18,7 @@ TEST_PACKAGES := $(LAB_PACKAGES) $(BINARY_PACKAGES) setcap=libcap2-bin ping=iput
 PACKAGING_PACKAGES := dpkg-deb=dpkg shellcheck=shellcheck mandoc=mandoc systemd-analyze=systemd mmdebstrap=mmdebstrap
 TEST_PACKAGES += $(PACKAGING_PACKAGES)
 
-.PHONY: help demo test test-all soak lint bench binary release package installer docs lock clean
+.PHONY: help demo test test-all soak lint bench binary release package installer docs screens lock clean
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -73,6 +73,10 @@ installer: $(READY) ## dist/install.sh for dist/SHA256SUMS (BASE_URL=https://…
 	@test -n "$(BASE_URL)" || { echo "say where releases are downloaded from: make installer BASE_URL=https://..." >&2; exit 2; }
 	$(PY) packaging/make-installer $$($(PY) -c 'from fzg.version import VERSION; print(VERSION)') $(BASE_URL) $(or $(SUMS),dist/SHA256SUMS) >dist/install.sh.new
 	mv dist/install.sh.new dist/install.sh
+
+screens: $(ENGINE) ## docs/screen-*.svg anew, from real runs of status, doctor and the demo
+	@packaging/require $(LAB_PACKAGES)
+	@$(PY) -m tests.lab.screens
 
 lock: ## write requirements.lock anew from pyproject.toml
 	$(VENV)/bin/pip install -q pip-tools
