@@ -197,6 +197,8 @@ class App:
             gateway=self._gateway,
             portal=self._portal,
             drain=self._draining,
+            settings=settings.shown(),
+            token=settings.token,
             not_ready_because=self.not_ready_because,
         )
         self._control = control.ControlServer(control.places(os.environ), requests.handlers())

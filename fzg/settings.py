@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
@@ -124,6 +124,15 @@ class Settings:
     offloads: Offloads = field(default_factory=Offloads)
     metrics: bool = False
     tun_fd: int | None = None
+
+    def shown(self) -> dict[str, object]:
+        """All of them as JSON values; secrets are masked."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        values["offloads"] = asdict(self.offloads)
+        return {
+            name: value if isinstance(value, dict | bool | int | float | None) else str(value)
+            for name, value in values.items()
+        }
 
 
 def parse_duration(text: str) -> float:

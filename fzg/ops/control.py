@@ -131,8 +131,9 @@ class ControlServer:
         """One connection, whose troubles are its own."""
         with connection, contextlib.suppress(OSError, gevent.Timeout):
             try:
+                line = _receive(connection)  # before anything is refused, else who still writes would not read why
                 _check_peer(connection)
-                self._answer(connection, _parse(_receive(connection)))
+                self._answer(connection, _parse(line))
             except Refused as refusal:
                 _send(connection, {"error": str(refusal)})
 

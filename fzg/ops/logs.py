@@ -7,7 +7,7 @@ import platform
 import re
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from datetime import UTC, datetime
 from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any, TextIO
@@ -52,6 +52,9 @@ REPEATS_WINDOW = 60.0  # s
 _LIMITED = frozenset({logging.INFO, logging.WARNING})
 # Templates are constants of this program; a text that was put together beforehand must not make the table grow.
 _MAX_TEMPLATES = 1000
+# For support archives: an hour of a busy gateway at INFO, and 2 MB of memory at most.
+RECENT_LINES = 1000
+RECENT_LENGTH = 2000  # characters of each
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 _LOG = logging.getLogger("firezone_gateway")
@@ -107,6 +110,7 @@ class _Lines(logging.StreamHandler[TextIO]):
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
+        self.recent: deque[str] = deque(maxlen=RECENT_LINES)
         self.counts = dict.fromkeys(dict.fromkeys(_NAMES.values()), 0)
         self._windows: dict[tuple[str, int, str], _Window] = {}
 
@@ -114,6 +118,12 @@ class _Lines(logging.StreamHandler[TextIO]):
         """Called by the logger with what its level lets through."""
         self.counts[_NAMES.get(record.levelno, "INFO")] += 1
         return super().handle(record) if self._is_shown(record) else False
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line as it is written; its beginning is kept for support archives."""
+        line = super().format(record)
+        self.recent.append(line[:RECENT_LENGTH])
+        return line
 
     def summarise(self, now: float) -> None:
         """Write the last of the lines that were left out, with their number, for each window that is over."""
@@ -155,6 +165,7 @@ def configure(*, json_lines: bool, directives: str | None, flow_logs: bool, stre
     wanted = "info" if directives is None else directives
     default, targets = parse_filter(",".join([_CEILINGS, wanted, "flow_logs=trace" if flow_logs else ""]))
     root = logging.getLogger()
+    handler.recent.extend(recent_lines())  # of an earlier call
     root.handlers[:] = [handler]
     root.setLevel(default)
     for target, level in targets.items():  # loggers inherit from the nearest named one, as targets do
@@ -195,6 +206,11 @@ def lines_by_level() -> Mapping[str, int]:
         if isinstance(handler, _Lines):
             counts.update(handler.counts)
     return counts
+
+
+def recent_lines() -> list[str]:
+    """The last lines that were written, the oldest first."""
+    return [line for handler in logging.getLogger().handlers if isinstance(handler, _Lines) for line in handler.recent]
 
 
 def announce() -> None:

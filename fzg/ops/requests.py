@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import gevent
 
 from fzg.host import clock
-from fzg.ops import snapshot, trace
+from fzg.ops import bundle, snapshot, trace
 from fzg.ops.control import Refused
 from fzg.ops.drain import DEFAULT_TIMEOUT, INTERVAL
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fzg.ops.control import Handler
     from fzg.ops.drain import Drain
     from fzg.portal.websocket import PortalConnection
+    from fzg.secret import Secret
 
 # Clients described in one go: under 2 ms, so that packets and portal frames wait no longer than that.
 CLIENTS_A_TURN = 32
@@ -25,20 +26,29 @@ LONGEST_DRAIN = 86_400.0  # s; who wants to wait longer does not want to drain
 
 
 class Requests:
-    """Every request by name. `not_ready_because`: one sentence why no client can be served, None when all is well."""
+    """Every request by name. `settings`: as they may be shown. `not_ready_because`: None when all is well."""
 
     def __init__(
-        self, *, gateway: Gateway, portal: PortalConnection, drain: Drain, not_ready_because: Callable[[], str | None]
+        self,
+        *,
+        gateway: Gateway,
+        portal: PortalConnection,
+        drain: Drain,
+        settings: Mapping[str, Any],
+        token: Secret[str],
+        not_ready_because: Callable[[], str | None],
     ) -> None:
         self._gateway = gateway
         self._portal = portal
         self._drain = drain
+        self._settings = settings
+        self._token = token
         self._not_ready_because = not_ready_because
         self._started = clock.now()
 
     def handlers(self) -> Mapping[str, Handler]:
         """For `ControlServer`."""
-        return {"status": self.status, "drain": self.drain, "trace": self.trace}
+        return {"status": self.status, "drain": self.drain, "trace": self.trace, "bundle": self.bundle}
 
     def status(self, _request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """A line of everything else, then lines of `clients`."""
@@ -60,6 +70,12 @@ class Requests:
     def trace(self, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """Why a packet passes or not."""
         yield trace.trace(self._gateway, request, clock.now())
+
+    def bundle(self, _request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """What only this process knows; the command adds what the host shows to everybody."""
+        for line in bundle.contribution(self._gateway, self._settings, [self._token.reveal()]):
+            yield line
+            _let_others_run()
 
     def drain(self, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """How many clients are left, every second; goes on when the asker hangs up."""

@@ -43,6 +43,11 @@ class ProxyTable:
         wanted = normalize(domain)
         return [ip for ip, proxy in self._proxies.items() if proxy.domain == wanted]
 
+    @property
+    def names(self) -> set[str]:
+        """Every name that some proxy IP stands for."""
+        return {proxy.domain for proxy in self._proxies.values()}
+
     def of_resource(self, resource_id: str) -> Collection[bytes]:
         """The proxy IPs that list a resource, held or not."""
         return self._by_resource.get(resource_id, ())

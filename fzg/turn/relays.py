@@ -220,6 +220,10 @@ class RelaySet:
             for relay_id, one in self._allocations.items()
         ]
 
+    def in_use(self) -> list[Relay]:
+        """The relays as the portal described them."""
+        return [allocation.relay for allocation in self._allocations.values()]
+
     def __contains__(self, relay_id: str) -> bool:
         return relay_id in self._allocations
 
