@@ -186,9 +186,7 @@ def test_an_empty_variable_means_no_socket_and_no_word_about_it(portal, start):
     assert "FIREZONE_CONTROL_SOCKET is empty" in done.stderr
 
 
-def test_systemd_s_directory_comes_first_and_an_operator_without_it_finds_the_system_s(
-    portal, start, namespace, tmp_path
-):
+def test_an_operator_finds_the_socket_that_systemd_placed(portal, start, namespace, tmp_path, request):
     """Who asks has no RUNTIME_DIRECTORY, which systemd makes /run/firezone-gateway."""
     directory = Path("/run/firezone-gateway")
     if not directory.exists():
