@@ -82,7 +82,7 @@ def portal(url: PortalUrl, environment: Mapping[str, str], *, user_agent: str) -
                 stream.do_handshake()
             ahead = _clock_offset(stream, url, user_agent)
     except ssl.SSLError as error:
-        reason = getattr(error, "verify_message", "") or error.reason or str(error)
+        reason = (getattr(error, "verify_message", "") or error.reason or str(error)).rstrip(".")
         problem = f"TLS with {url.host} fails: {reason}; {remedy.for_tls(error, time.time())}"
         return found._replace(failed="certificate", problem=problem)
     except (DialError, OSError) as error:

@@ -57,7 +57,7 @@ def _family(host: HostFacts, family: socket.AddressFamily) -> Check:
     if way is not None:
         return Check(name.lower(), State.OK, f"{name} leaves from {way.source}")
     if family == socket.AF_INET6:
-        return Check(name.lower(), State.OK, "no IPv6 route to the internet; portal and relays are reached over IPv4")
+        return Check(name.lower(), State.OK, "no IPv6 route to the internet, which is no fault where IPv4 has one")
     if socket.AF_INET6 in host.ways:
         return Check(name.lower(), State.OK, "no IPv4 route to the internet; portal and relays are reached over IPv6")
     what = "there is no route to the internet"

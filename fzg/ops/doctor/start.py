@@ -38,7 +38,7 @@ def checks(seen: Seen) -> Iterator[Check]:
     """In the order of a start."""
     yield kernel(seen.host)
     yield privilege(seen)
-    yield tun_device(seen.host)
+    yield tun_device(seen)
     yield interface(seen)
     yield token(seen)
     yield identity(seen)
@@ -92,9 +92,9 @@ def privilege(seen: Seen) -> Check:
     return Check("privilege", State.FAIL, what, f"{grant} (or start it with sudo)")
 
 
-def tun_device(host: HostFacts) -> Check:
+def tun_device(seen: Seen) -> Check:
     """/dev/net/tun, which containers have to be given."""
-    name, node = "tun-device", "/dev/net/tun"
+    host, name, node = seen.host, "tun-device", "/dev/net/tun"
     if not host.tun.error:
         return Check(name, State.OK, f"{node} can be opened")
     if host.tun.can_make:
@@ -104,6 +104,8 @@ def tun_device(host: HostFacts) -> Check:
     if host.tun.error in (errno.ENODEV, errno.ENXIO):
         return Check(name, State.FAIL, f"{node} is there, but the kernel has no TUN driver", "sudo modprobe tun")
     if host.tun.error in (errno.EACCES, errno.EPERM):
+        if seen.running:
+            return Check(name, State.UNKNOWN, f"uid {host.uid} may not open {node}; the gateway that runs has it open")
         advice = _container_remedy(host, "NET_ADMIN") if host.container else f"sudo chmod 0666 {node}"
         return Check(name, State.FAIL, f"{node} may not be opened by uid {host.uid}", advice)
     return Check(name, State.FAIL, f"{node} cannot be opened: {os.strerror(host.tun.error)}", _node_remedy(host))
