@@ -12,6 +12,7 @@ import pytest
 from fzg.commands.doctor import live_from
 from fzg.host.facts import Disk, HostFacts, TunNode, Unreadable, Way
 from fzg.host.holders import Listener, Process
+from fzg.host.input_chains import Obstacle
 from fzg.host.nftables import Blocked, Survey
 from fzg.host.reach import Answer, Portal
 from fzg.ops.doctor import Live, Plan, Seen, State, examine
@@ -388,10 +389,11 @@ def test_legacy_iptables_are_a_warning():
 
 
 def test_an_input_chain_that_drops_clients_dns_queries():
-    check = look(firewall=Survey((), (), (Blocked("inet filter input", ("iifname",)),)))["firewall-dns"]
+    obstacle = Obstacle("inet filter input", "ufw allow in on tun-firezone to any port 53535")
+    check = look(firewall=Survey((), (), (obstacle,)))["firewall-dns"]
     assert check.state is State.WARN
-    assert "sudo nft insert rule inet filter input iifname tun-firezone udp dport 53535 accept" in check.remedy
-    assert "tcp dport 53535 accept" in check.remedy
+    assert "inet filter input" in check.seen
+    assert check.remedy == "as root: ufw allow in on tun-firezone to any port 53535"
 
 
 @pytest.mark.parametrize(

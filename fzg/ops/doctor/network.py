@@ -136,11 +136,7 @@ def firewall(seen: Seen) -> Iterator[Check]:
     blocked = host.firewall.input
     if blocked:
         chains = ", ".join(f"{each.chain}{_owner(host, each.chain)}" for each in blocked)
-        advice = "; ".join(
-            f"sudo nft insert rule {each.chain} iifname {host.interface} {protocol} dport {DNS_PORT} accept"
-            for each in blocked
-            for protocol in ("udp", "tcp")
-        )
+        advice = "as root: " + "; ".join(dict.fromkeys(each.command for each in blocked))
         what = f"{chains} drops what comes in, also clients' DNS queries for SRV and TXT records to port {DNS_PORT}"
         yield Check("firewall-dns", State.WARN, what, advice)
     else:
