@@ -18,7 +18,7 @@ Pair = tuple[str, str]
 Message = tuple[str, dict[str, Any]]
 
 _TUNNEL4, _TUNNEL6 = int(IPv4Address("100.64.0.0")), int(IPv6Address("fd00:2021:1111::"))
-_RESOURCES = int(IPv4Address("10.96.0.0"))
+_RESOURCES = int(IPv4Address("10.64.0.0"))
 FOREVER_S = 30 * 86_400
 """An expiry that no test sees."""
 
@@ -47,6 +47,11 @@ class Grants:
         """The gateway's answer; one that nobody waits for is an error."""
         self._unanswered.pop(ref).is_acknowledged = True
 
+    @property
+    def unanswered(self) -> list[str]:
+        """What the gateway has not acknowledged, oldest first."""
+        return list(self._unanswered)
+
     def reject(self, pair: Pair) -> None:
         """Taken back."""
         self.table.pop(pair, None)
@@ -57,6 +62,28 @@ class Grants:
         if grant is not None:
             grant.is_acknowledged &= grant.expires_at > now
             grant.expires_at = expires_at
+
+    def retain(self, listed: list[dict[str, Any]], now: float) -> None:
+        """`init` says what there is."""
+        expiries = {(entry["client_id"], entry["resource_id"]): entry["expires_at"] for entry in listed}
+        self.table = {pair: grant for pair, grant in self.table.items() if pair in expiries}
+        for pair, expires_at in expiries.items():
+            self.set_expiry(pair, expires_at, now)
+
+    def apply(self, message: Message, now: float) -> None:
+        """What a message says, whoever made it."""
+        match message:
+            case "create_authorization", payload:
+                pair = payload["client"]["id"], payload["resource"]["id"]
+                self.authorize(pair, payload["expires_at"], payload["ref"])
+            case "reject_access", payload:
+                self.reject((payload["client_id"], payload["resource_id"]))
+            case "access_authorization_expiry_updated", payload:
+                self.set_expiry((payload["client_id"], payload["resource_id"]), payload["expires_at"], now)
+            case "init", payload if "authorizations" in payload:
+                self.retain(payload["authorizations"], now)
+            case _:
+                pass
 
     def snapshot(self, now: float) -> list[dict[str, Any]]:
         """`authorizations` of `init`."""
@@ -76,7 +103,7 @@ class Grants:
 
 
 class Resource(NamedTuple):
-    """A single address behind the gateway, in 10.96.0.0/11."""
+    """A single address behind the gateway, in 10.64.0.0/11."""
 
     number: int
 
