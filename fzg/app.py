@@ -366,7 +366,8 @@ class App:
             status = f"{clients}, portal joined"
         else:
             status = f"{clients}, portal away: {self._portal.last_error}"
-        healthy = self._lag.is_healthy and not any(task.dead for task in self._tasks)
+        # Only the portal's ends without an error: when a drain has closed it.
+        healthy = self._lag.is_healthy and not any(task.dead and not task.successful() for task in self._tasks)
         self._notifier.report(ready=not_ready is None, healthy=healthy, status=status)
 
     def _hint_at_firewall(self) -> None:
