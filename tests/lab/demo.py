@@ -176,7 +176,7 @@ class _Tour:
 
 def _table(rows: list[Row]) -> Table:
     caption = (
-        "messages: candidate messages for the connection; reported: what relays and the host named; sent: after each once"
+        "messages: candidate messages for the connection; reported: what relays and the host named; sent: each once"
     )
     table = Table(title="What was seen", caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("path", no_wrap=True)

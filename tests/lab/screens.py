@@ -60,7 +60,8 @@ def _ask(lab: Lab, word: str) -> str:
 
 def _demo() -> str:
     command = [sys.executable, "-m", "tests.lab", "demo"]
-    done = subprocess.run(command, env=os.environ | {"COLUMNS": str(COLUMNS)}, capture_output=True, text=True, check=True)
+    environment = os.environ | {"COLUMNS": str(COLUMNS)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return done.stdout
 
 
