@@ -7,7 +7,7 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from itertools import count
-from typing import TYPE_CHECKING, assert_never
+from typing import TYPE_CHECKING, Protocol, assert_never
 
 from msgspec import structs
 
@@ -107,6 +107,13 @@ class KeepToken:
 GatewayEvent = SendToPortal | ConfigureHost | Resolve | ConfigureUploads | KeepToken | FlowRecord
 
 
+class Tap(Protocol):
+    """Who looks at the packets of a client; must not wait, and must not call the core."""
+
+    def __call__(self, packet: bytes, now: float, /) -> None:
+        """One inner packet, as the client sent it or gets it."""
+
+
 class Gateway:
     """Inputs: portal messages, engine items, resolved names, time. Outputs: datagrams, portal messages, requests.
 
@@ -126,6 +133,7 @@ class Gateway:
         self._handles: dict[str, int] = {}
         self._clients: dict[int, str] = {}
         self._traffic: dict[int, traffic.Traffic] = {}
+        self._taps: dict[int, Tap] = {}
         self._new_handles = count(1)
         self._waiting = _Waiting()
         self._farewells: dict[str, float] | None = None  # while draining: when each client was last told
@@ -211,6 +219,8 @@ class Gateway:
             self.counters["inner packet of an unknown peer"] += 1
             return
         self.node.note_activity(client_id, now)
+        if self._taps and (tap := self._taps.get(peer)) is not None:
+            tap(packet, now)
         match self.tunnel.handle_inner_packet(client_id, packet, ecn, now, path):
             case Forward(packet=forwarded, flow=flow):
                 self.engine.write_tun(forwarded, peer)
@@ -345,6 +355,27 @@ class Gateway:
         handle = self._handles.get(client_id)
         return self._traffic[handle] if handle is not None else None
 
+    def tap(self, client_id: str, tap: Tap) -> bool:
+        """Call `tap` with each inner packet from and to the client; False if it is not there or tapped already.
+
+        All of them pass here meanwhile: no flow is installed for the client, and those that were are void.
+        """
+        handle = self._handles.get(client_id)
+        if handle is None or handle in self._taps:
+            return False
+        self._taps[handle] = tap
+        self.engine.revoke(handle)
+        return True
+
+    def untap(self, client_id: str, tap: Tap) -> None:
+        """The end of `tap`."""
+        if self.is_tapped(client_id, tap):
+            del self._taps[self._handles[client_id]]
+
+    def is_tapped(self, client_id: str, tap: Tap) -> bool:
+        """Whether this tap is in place; it goes with the client."""
+        return self._taps.get(self._handles.get(client_id, 0)) == tap
+
     # -- inside
 
     def _handle_init(self, init: messages.Init, now: float) -> None:
@@ -478,10 +509,12 @@ class Gateway:
         reason = self.node.send(client_id, packet, now, revocable=revocable)
         if reason is not None:
             self.counters[f"to client: {reason}"] += 1
+        elif self._taps and (tap := self._taps.get(self._handles.get(client_id, 0))) is not None:
+            tap(packet, now)
         return reason is None
 
     def _install(self, handle: int, flow: Flow | None, *, inbound: bool) -> None:
-        if flow is not None and flow.token >> traffic.TOKEN_BITS == 0:
+        if flow is not None and flow.token >> traffic.TOKEN_BITS == 0 and handle not in self._taps:
             token = traffic.mark(flow.token, handle, inbound=inbound)
             self.engine.install_flow(
                 handle, flow.key, inbound=inbound, rewrite=flow.rewrite, valid_until=flow.valid_until, token=token
@@ -492,6 +525,7 @@ class Gateway:
         if handle is not None:
             del self._clients[handle]
             del self._traffic[handle]
+            self._taps.pop(handle, None)
             self.engine.remove_peer(handle)
 
     def _tell_portal(self, message: messages.Outbound) -> None:

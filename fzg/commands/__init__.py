@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # A first argument that is exactly one of these is that command, anything else is the token (spec README, decisions).
 COMMANDS = {
     "bundle": "fzg.commands.bundle",
+    "capture": "fzg.commands.capture",
     "doctor": "fzg.commands.doctor",
     "drain": "fzg.commands.drain",
     "host-setup": "fzg.commands.host_setup",

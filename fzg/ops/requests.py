@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import gevent
 
 from fzg.host import clock
-from fzg.ops import bundle, snapshot, trace
+from fzg.ops import bundle, capture, snapshot, trace
 from fzg.ops.control import Refused
 from fzg.ops.drain import DEFAULT_TIMEOUT, INTERVAL
 
@@ -48,7 +48,13 @@ class Requests:
 
     def handlers(self) -> Mapping[str, Handler]:
         """For `ControlServer`."""
-        return {"status": self.status, "drain": self.drain, "trace": self.trace, "bundle": self.bundle}
+        return {
+            "status": self.status,
+            "drain": self.drain,
+            "trace": self.trace,
+            "bundle": self.bundle,
+            "capture": self.capture,
+        }
 
     def status(self, _request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """A line of everything else, then lines of `clients`."""
@@ -70,6 +76,15 @@ class Requests:
     def trace(self, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """Why a packet passes or not."""
         yield trace.trace(self._gateway, request, clock.now())
+
+    def capture(self, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Inner packets of one client; ends with the asker, at the latest."""
+        client_id = trace.find_client(self._gateway, request.get("client"))
+        count = _number(request, "count", capture.DEFAULT_COUNT, most=capture.MAX_COUNT)
+        seconds = _number(request, "seconds", capture.DEFAULT_SECONDS, most=capture.MAX_SECONDS)
+        for line in capture.capture(self._gateway, client_id, count=int(count), seconds=seconds):
+            yield line
+            _let_others_run()
 
     def bundle(self, _request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """What only this process knows; the command adds what the host shows to everybody."""

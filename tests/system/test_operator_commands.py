@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import signal
+import stat
+import struct
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -117,6 +123,71 @@ def test_trace_knows_names_that_the_client_resolved(lab):
     text = lab.gateway.command("trace", "tcp", client["addresses"][0], "dns.httpbin.search.test:80").stdout
     assert "stands for dns.httpbin.search.test" in text
     assert "from client: forwarded to the network" in text
+
+
+def packets_in(data: bytes) -> list[bytes]:
+    assert struct.unpack("<IHHiIII", data[:24]) == (0xA1B2C3D4, 2, 4, 0, 0, 65535, 101)
+    packets, offset = [], 24
+    while offset < len(data):
+        seconds, _, length, original = struct.unpack_from("<IIII", data, offset)
+        assert abs(seconds - time.time()) < 300
+        assert length == original
+        packets.append(data[offset + 16 : offset + 16 + length])
+        offset += 16 + length
+    return packets
+
+
+@pytest.mark.parametrize("engine", ["native", "pure"])
+def test_capture_sees_a_transfer_that_is_under_way_and_lets_it_go_on(engine, tmp_path):
+    if engine == "native":
+        pytest.importorskip("fzg.dataplane._native", reason="the native engine was not built")
+    with Lab("direct", gateway_environment={"FIREZONE_ENGINE": engine}) as lab:
+        assert lab.client.ping(SERVER)
+        (client,) = status(lab)["clients"]
+        assert status(lab)["engine"] == engine
+        address = ipaddress.ip_address(client["addresses"][0]).packed
+        url = f"http://{SERVER}/bytes?num=20000000"
+        with ThreadPoolExecutor(1) as pool:
+            download = pool.submit(lab.client.curl, url, "-o", "/dev/null", "--limit-rate", "4M", timeout=60)
+            wait_until(
+                lambda: status(lab)["clients"][0]["sent"]["bytes"] > 1_000_000, timeout=20, what="the transfer to begin"
+            )
+            file = tmp_path / "x.pcap"
+            words = ["--client", client["id"][:8], "--count", "500", "--seconds", "20", "--output", str(file)]
+            done = json.loads(lab.gateway.command("capture", "--json", *words).stdout)
+            fetched = download.result()
+        assert fetched.bytes == 20_000_000
+        assert (done["ended"], done["captured"], done["missed"]) == ("count", 500, 0)
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        packets = packets_in(file.read_bytes())
+        assert len(packets) == 500
+        assert sum(map(len, packets)) == done["bytes"]
+        tcp = [packet for packet in packets if packet[0] >> 4 == 4 and packet[9] == 6]
+        assert len(tcp) > 400
+        assert {packet[12:16] == address for packet in tcp} == {True, False}, "both directions"
+        assert all(address in (packet[12:16], packet[16:20]) for packet in tcp)
+
+
+def test_capture_names_what_it_cannot_do_in_one_line(lab):
+    for words, sentence in (
+        (["--client", "00000000"], "no client here has an id that begins with '00000000'"),
+        (["--client", status(lab)["clients"][0]["id"], "--output", "/nowhere/x"], "/nowhere/x cannot be written"),
+    ):
+        done = lab.gateway.command("capture", *words, check=False)
+        assert done.returncode == 1
+        assert sentence in done.stderr
+        assert done.stderr.count("\n") == 1
+    done = lab.gateway.command("capture", "--client", "1", "--count", "0", check=False)
+    assert done.returncode == 2
+
+
+def test_a_capture_goes_to_standard_output_and_ends_with_its_time(lab, tmp_path):
+    (client,) = status(lab)["clients"]
+    socket = lab.gateway.process.environment["FIREZONE_CONTROL_SOCKET"]
+    command = f"{sys.executable} -m fzg capture --client {client['id']} --seconds 0.5 --output - > {tmp_path}/x"
+    done = lab.gateway.run("env", f"FIREZONE_CONTROL_SOCKET={socket}", "sh", "-c", command)
+    packets_in((tmp_path / "x").read_bytes())
+    assert "the time was over" in done.stderr
 
 
 @pytest.mark.parametrize(("kind", "way"), [("direct", "command"), ("relayed", "signal")])
