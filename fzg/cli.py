@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -24,6 +25,8 @@ from fzg.version import VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from click.shell_completion import CompletionItem
 
 T = TypeVar("T")
 
@@ -103,6 +106,19 @@ class _GatewayCommand(click.Command):
             args = own
         return super().parse_args(ctx, args)
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """What may stand here; behind a command's word that is the command's own."""
+        if _COMMAND not in ctx.meta:
+            return super().shell_complete(ctx, incomplete)
+        name = ctx.meta[_COMMAND][0]
+        own: click.Command = import_module(commands.COMMANDS[name]).command
+        return own.shell_complete(click.Context(own, info_name=name, parent=ctx), incomplete)
+
+
+def _complete_word(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+    """The commands; tokens are nobody's to guess."""
+    return [] if _COMMAND in ctx.meta else [name for name in commands.COMMANDS if name.startswith(incomplete)]
+
 
 _COMMAND = "fzg.command"
 _VERBOSE = "fzg.verbose"
@@ -121,7 +137,7 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
 
 
 @click.command(cls=_GatewayCommand, context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("token", required=False, metavar="[TOKEN]")
+@click.argument("token", required=False, metavar="[TOKEN]", shell_complete=_complete_word)
 @_option("-u", "--api-url", env="FIREZONE_API_URL", default=s.DEFAULT_API_URL, metavar="URL", hidden=True)
 @_option(
     "-n",
