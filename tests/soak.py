@@ -2,18 +2,23 @@
 
 Each batch is what `make test` does: 500 runs of the two-sided simulation, 50,000 mutations of captures, and what
 hypothesis draws for all others. It ends at the first failure, and says how to see it again.
+
+Before that the packet engines' tests run, the native one built for AddressSanitizer and UBSan, and then compare both
+engines for ten minutes.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 import click
@@ -28,6 +33,7 @@ WANTED_RUNS = 50_000  # unless told how long
 LAST_LINES = 80  # of a batch that failed
 LONGEST_TEST = 900  # seconds; two batches at once on a busy machine
 PAUSE = 0.5
+SANITIZED_SECONDS = 660  # its suite takes one minute
 
 
 @dataclass
@@ -69,8 +75,15 @@ class Batch:
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Repeat one batch; with --minutes the first of many.")
 @click.option("--jobs", type=click.IntRange(1), default=len(os.sched_getaffinity(0)), show_default="one per core")
 @click.option("--only", default="", metavar="EXPRESSION", help="Tests to repeat, as pytest -k has it.")
-def main(minutes: float | None, seed: int | None, jobs: int, only: str) -> None:
+@click.option(
+    "--sanitized", type=click.IntRange(0), help=f"Seconds under the sanitizers; default {SANITIZED_SECONDS}, 0: not."
+)
+def main(minutes: float | None, seed: int | None, jobs: int, only: str, sanitized: int | None) -> None:
     console = Console(stderr=True, highlight=False)
+    if sanitized is None:
+        sanitized = 0 if seed is not None or only else SANITIZED_SECONDS
+    if sanitized:
+        _sanitize(sanitized, console)
     began = time.monotonic()
     deadline = None if minutes is None else began + minutes * 60
     first = random.SystemRandom().randrange(1 << 31) if seed is None else seed
@@ -102,6 +115,17 @@ def main(minutes: float | None, seed: int | None, jobs: int, only: str) -> None:
         for batch in running:
             batch.stop()
     print(f"nothing failed: {_progress(done, began)}")
+
+
+def _sanitize(seconds: int, console: Console) -> None:
+    if shutil.which(os.environ.get("CC", "cc")) is None:
+        console.print("without the sanitizers: there is no compiler (package gcc)", style="yellow")
+        return
+    console.print(f"the engines under AddressSanitizer and UBSan, {seconds} s")
+    script = Path(__file__).resolve().parents[1] / "packaging" / "sanitized"
+    if subprocess.run([script, sys.executable, str(seconds)], check=False).returncode:
+        console.print("the sanitizers found something", style="red")
+        sys.exit(1)
 
 
 def _count(first: int) -> Iterator[int]:
