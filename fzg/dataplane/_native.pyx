@@ -113,7 +113,7 @@ cdef class NativeEngine:
         self._engine.tun.calls_context = <void *>played
 
     def limit(self, **limits):
-        """For tests: smaller tables, queues and turns than usual."""
+        """For tests: smaller tables, queues and turns than usual, and turns that do not wait for verdicts."""
         for name, value in limits.items():
             if name == "flows":
                 self._engine.state.max_flows = value
@@ -131,6 +131,8 @@ cdef class NativeEngine:
                 self._engine.turn_judged = value
             elif name == "flush":
                 self._engine.flush_packets = value
+            elif name == "awaits_verdicts":
+                self._engine.awaits_verdicts = value
             elif name == "backlog":
                 self._engine.from_udp.max_cost = self._engine.from_tun.max_cost = value
             elif name == "quantum":
@@ -291,7 +293,7 @@ cdef class NativeEngine:
                 &verdict.translation, &verdict.key, <const uint8_t *>PyBytes_AS_STRING(ip), port, inbound,
                 &verdict.translated_key,
             )
-        result = state_install_flow(&self._engine.state, &verdict)
+        result = engine_install_flow(self._engine, &verdict)
         if result == INSTALL_TABLE_FULL:
             self._engine.counters.flow_table_full += 1
         elif result == INSTALL_NO_MEMORY:

@@ -184,7 +184,10 @@ class Engine(Protocol):
         """One bounded turn on the TUN. Settled packets go to the UDP queue. Raises OSError when the device is gone."""
 
     def has_backlog(self, family: int | None) -> bool:
-        """Whether a further `receive_udp` (or, for None, `receive_tun`) has work even if nothing more arrives."""
+        """Whether a further `receive_udp` (or, for None, `receive_tun`) has work even if nothing more arrives.
+
+        So it is while packets of a flow wait for the verdict on one of them that was an item of the last turn.
+        """
 
     def handle_datagram(self, datagram: Datagram, now: float) -> Sequence[Item]:
         """What `receive_udp` does with one datagram, from memory."""

@@ -37,6 +37,7 @@ from tests.unit.dataplane_world import (
     FakeUdp,
     NativeEngine,
     echo,
+    in_turns,
     ip,
     key_of,
     tcp,
@@ -94,7 +95,7 @@ class Side:
             attach(family, fake, port=52625, segmentation=segmentation)
         if not isinstance(engine, PureEngine):
             engine.play_tun(self.device)
-            engine.limit(flush=1 << 30, lanes=1, urgent=1 << 20, judged=1 << 20)
+            engine.limit(flush=1 << 30, lanes=1, urgent=1 << 20, judged=1 << 20, awaits_verdicts=False)
 
     def take(self) -> Any:
         """What went out since the last call."""
@@ -357,7 +358,7 @@ class Pair:
                 train += stride[: self.random.randrange(len(stride))]
             for side in (self.pure, self.native):
                 side.udp[family].put(train, stride=len(stride), source=source, local=local, ecn=ecn)
-        self.both(lambda side: control_first(side.engine.receive_udp(family, self.now)))
+        self.both(lambda side: control_first(in_turns(side.engine, family, self.now)))
         assert not self.pure.udp[family].arrivals
         assert not self.native.udp[family].arrivals
 
@@ -376,7 +377,7 @@ class Pair:
             reads = [read[10:] for read in reads if len(read) <= 1290]
         for side in (self.pure, self.native):
             side.device.reads += reads
-        self.both(lambda side: list(side.engine.receive_tun(self.now)))
+        self.both(lambda side: in_turns(side.engine, None, self.now))
         assert not self.pure.device.reads
         assert not self.native.device.reads
 
@@ -429,7 +430,7 @@ class Pair:
                     taken += 1
                 fake.put(b"".join(left[:taken]), stride=stride, ecn=ecn)
                 left = left[taken:]
-        self.both(lambda side: control_first(side.engine.receive_udp(socket.AF_INET, self.now)))
+        self.both(lambda side: control_first(in_turns(side.engine, socket.AF_INET, self.now)))
         assert not self.pure.udp[socket.AF_INET].arrivals
         assert not self.native.udp[socket.AF_INET].arrivals
 
@@ -440,7 +441,7 @@ class Pair:
         reads = [self.super_packet(number) for _ in range(self.random.randrange(1, 3))] if self.vnet_hdr else []
         for side in (self.pure, self.native):
             side.device.reads += reads
-        self.both(lambda side: list(side.engine.receive_tun(self.now)))
+        self.both(lambda side: in_turns(side.engine, None, self.now))
         assert not self.pure.device.reads
         assert not self.native.device.reads
 

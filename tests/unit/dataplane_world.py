@@ -308,7 +308,7 @@ class World:
     def read(self, packet: bytes, vnet: bytes = NO_VNET, *, now: float = 10.0) -> list[Any]:
         """Let the gateway read one packet from the TUN."""
         self.kernel.send((vnet if self.vnet_hdr else b"") + packet)
-        return list(self.gateway.receive_tun(now))
+        return in_turns(self.gateway, None, now)
 
     def to_client(self) -> list[bytes]:
         """Packets that the client gets from what the gateway sends on IPv4."""
@@ -320,6 +320,15 @@ class World:
     @property
     def counters(self) -> dict[str, int]:
         return dict(self.gateway.counters())
+
+
+def in_turns(engine: Any, family: int | None, now: float = 10.0) -> list[Any]:
+    """The items of as many turns as it takes, on the socket of a family or on the TUN."""
+    items: list[Any] = []
+    while True:
+        items += engine.receive_tun(now) if family is None else engine.receive_udp(family, now)
+        if not engine.has_backlog(family):
+            return items
 
 
 @pytest.fixture(scope="module", params=ENGINES, ids=[engine.__name__ for engine in ENGINES])

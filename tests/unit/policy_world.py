@@ -215,6 +215,8 @@ class World:
         for packet in packets:
             self.kernel.send(bytes(10) + packet)
         self.dispatch(self.engine.receive_tun(self.now))
+        while self.engine.has_backlog(None):
+            self.dispatch(self.engine.receive_tun(self.now))
 
     def resolved(self, resolution: Resolve, addresses: Any) -> None:
         self.core.handle_resolved(resolution.request, addresses, self.now)

@@ -419,8 +419,8 @@ def test_a_turn_is_bounded_however_much_waits(world: World, monkeypatch: pytest.
     for _ in range(2000):
         world.udp4.put(b"stun")
         world.udp6.put(world.sealed(udp()) * 64, stride=61, source=Endpoint(SERVER6, 7), local=Endpoint(CLIENT6, 9))
-    for _ in range(200):
-        world.kernel.send(bytes(10) + udp())
+    for number in range(200):
+        world.kernel.send(bytes(10) + udp(sport=number))
     assert 64 <= len(world.gateway.receive_udp(socket.AF_INET, 10.0)) <= 1024
     assert len(world.gateway.receive_tun(10.0)) == 64
     world.gateway.receive_udp(socket.AF_INET6, 10.0)

@@ -11,7 +11,20 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fzg.dataplane.engine import Datagram, InnerPacket, OutboundPacket
-from tests.unit.dataplane_world import CLIENT, CLIENT4, GATEWAY, RELAY, SERVER4, NativeEngine, World, udp
+from tests.unit.dataplane_world import (
+    ACK,
+    CLIENT,
+    CLIENT4,
+    GATEWAY,
+    RELAY,
+    SERVER4,
+    SYN,
+    NativeEngine,
+    World,
+    in_turns,
+    tcp,
+    udp,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -176,7 +189,7 @@ def test_a_long_part_of_a_train_is_kept_too(world: World):
         message = world.sealed(packet(FLOOD, number)) if number < 30 else bytes(SIZE + 64)
         frames.append(struct.pack(">HH", 0x4005 if number < 30 else 0x4F00, len(message)) + message)
     world.udp4.put(b"".join(frames), stride=len(frames[0]), source=RELAY)
-    items = turn(world)
+    items = in_turns(world.gateway, socket.AF_INET)
     assert [item.payload for item in items if isinstance(item, Datagram)] == frames[30:]
     assert [number_of(item.packet) for item in items if isinstance(item, InnerPacket)] == list(range(30))
 
@@ -224,3 +237,139 @@ def test_the_backlog_of_one_direction_is_not_that_of_the_other(world: World):
     turn(world)
     assert world.gateway.has_backlog(socket.AF_INET)
     assert not world.gateway.has_backlog(None)
+
+
+def of_flow(number: int) -> bytes:
+    """A packet of one connection."""
+    return udp(struct.pack(">I", number) + bytes(SIZE))
+
+
+def train(world: World, packets: list[bytes], *, peer: int = FLOOD) -> None:
+    messages = [world.sealed(each, peer=peer) for each in packets]
+    world.udp4.put(b"".join(messages), stride=len(messages[0]))
+
+
+def test_one_packet_of_a_flow_asks_for_the_verdict_and_the_others_wait_for_it(world: World):
+    world.allow(of_flow(0), inbound=True, until=9.0)
+    train(world, [of_flow(number) for number in range(TRAIN)])
+    (item,) = turn(world)
+    assert number_of(item.packet) == 0
+    assert world.gateway.has_backlog(socket.AF_INET)
+    world.allow(of_flow(0), inbound=True)
+    assert turn(world) == []
+    assert not world.gateway.has_backlog(socket.AF_INET)
+    assert sum(len(write[38:]) // (SIZE + 4) for write in world.written()) == TRAIN - 1
+    assert world.counters["udp_rx_packets"] == TRAIN
+    assert "drop_replayed" not in world.counters
+
+
+def test_without_a_verdict_the_others_follow_in_the_next_turn(world: World):
+    for round_ in range(3):
+        train(world, [of_flow(number) for number in range(TRAIN)])
+        items = turn(world)
+        assert len(items) == (TRAIN if round_ else 1)
+        items += in_turns(world.gateway, socket.AF_INET)
+        assert [number_of(item.packet) for item in items] == list(range(TRAIN))
+
+
+def test_other_clients_do_not_wait_for_it(world: World):
+    other = udp(bytes(SIZE), sport=OTHER)
+    world.allow(other, inbound=True, peer=OTHER)
+    train(world, [of_flow(number) for number in range(TRAIN)])
+    train(world, [other] * TRAIN, peer=OTHER)
+    assert len(turn(world)) == 1
+    assert sum(len(write[38:]) // SIZE for write in world.written()) == TRAIN
+
+
+def test_a_packet_that_waits_is_dropped_when_its_client_is_gone(world: World):
+    train(world, [of_flow(number) for number in range(TRAIN)])
+    assert len(turn(world)) == 1
+    world.gateway.remove_peer(FLOOD)
+    items = in_turns(world.gateway, socket.AF_INET)
+    assert len(items) == TRAIN - 1
+    assert all(isinstance(item, Datagram) for item in items)
+    assert world.written() == []
+
+
+def test_a_revocation_while_packets_wait_holds_for_them(world: World):
+    world.allow(of_flow(0), inbound=True, until=9.0)
+    train(world, [of_flow(number) for number in range(TRAIN)])
+    assert len(turn(world)) == 1
+    world.allow(of_flow(0), inbound=True)
+    world.gateway.revoke(FLOOD)
+    assert len(in_turns(world.gateway, socket.AF_INET)) == TRAIN - 1
+    assert world.written() == []
+
+
+def test_a_replayed_packet_of_a_flow_that_waits_is_dropped_once_and_for_all(world: World):
+    messages = [world.sealed(of_flow(number)) for number in range(4)]
+    world.udp4.put(b"".join([*messages, *messages]), stride=len(messages[0]))
+    items = in_turns(world.gateway, socket.AF_INET)
+    assert [number_of(item.packet) for item in items] == list(range(4))
+    assert world.counters["drop_replayed"] == 4
+
+
+def test_opening_and_closing_segments_wait_for_nothing(world: World):
+    train(world, [tcp(bytes(SIZE), flags=SYN, seq=number) for number in range(TRAIN)])
+    assert len(turn(world)) == TRAIN
+
+
+def test_of_a_super_packet_one_segment_asks_for_the_verdict(world: World):
+    device = Reads()
+    world.gateway.play_tun(device)
+    world.gateway.set_path(FLOOD, None, CLIENT, None)
+    world.gateway.use_session(FLOOD, 0x1000 * FLOOD + 1)
+    whole = tcp(os.urandom(100 * TRAIN), source=SERVER4, destination=CLIENT4, seq=7, flags=ACK)
+    vnet = struct.pack("=BBHHHH", 1, 1, 0, 100, 20, 16)
+    device.waiting = [vnet + whole, bytes(10) + tcp(b"last", source=SERVER4, destination=CLIENT4, flags=ACK)]
+    (item,) = world.gateway.receive_tun(10.0)
+    assert world.gateway.has_backlog(None)
+    world.allow(whole, inbound=False, token=3)
+    assert world.gateway.receive_tun(10.0) == []
+    assert not world.gateway.has_backlog(None)
+    packets = [item.packet, *world.to_client()]
+    assert b"".join(each[40:] for each in packets) == whole[40:] + b"last"
+    assert [struct.unpack_from(">I", each, 24)[0] for each in packets[:-1]] == [7 + 100 * n for n in range(TRAIN)]
+    (report,) = world.gateway.sweep(10.0)
+    assert (report.packets, report.payload_bytes) == (TRAIN, 100 * (TRAIN - 1) + 4)
+    assert world.counters["tun_rx_packets"] == TRAIN + 1
+
+
+def test_a_packet_that_waits_gets_its_checksum_once(world: World):
+    device = Reads()
+    world.gateway.play_tun(device)
+    world.gateway.set_path(FLOOD, None, CLIENT, None)
+    world.gateway.use_session(FLOOD, 0x1000 * FLOOD + 1)
+    whole = udp(b"some bytes", source=SERVER4, destination=CLIENT4)
+    pseudo = SERVER4 + CLIENT4 + struct.pack(">HH", 17, len(whole) - 20)
+    total = sum(struct.unpack(">6H", pseudo))
+    partial = whole[:26] + struct.pack(">H", (total & 0xFFFF) + (total >> 16)) + whole[28:]
+    device.waiting = [struct.pack("=BBHHHH", 1, 0, 0, 0, 20, 6) + partial] * 3
+    items = world.gateway.receive_tun(10.0)
+    world.allow(whole, inbound=False)
+    assert world.gateway.receive_tun(10.0) == []
+    assert [item.packet for item in items] + world.to_client() == [whole] * 3
+
+
+def test_a_held_lane_is_served_next_and_only_after_the_verdict(world: World):
+    """Another client's flood behind it does not come first."""
+    world.gateway.limit(turn=TRAIN - 1)
+    train(world, [of_flow(number) for number in range(TRAIN)])
+    assert len(turn(world)) == 1
+    world.allow(of_flow(0), inbound=True)
+    other = udp(bytes(SIZE), sport=OTHER)
+    world.allow(other, inbound=True, peer=OTHER)
+    for _ in range(4):
+        train(world, [other] * TRAIN, peer=OTHER)
+    turn(world)
+    assert {write[10 + 20 : 10 + 22] for write in world.written()} == {of_flow(0)[20:22]}
+
+
+def test_what_is_held_counts_against_the_bound(world: World):
+    world.gateway.limit(backlog=200_000)
+    train(world, [of_flow(number) for number in range(TRAIN)])
+    assert len(turn(world)) == 1
+    for _ in range(10):
+        train(world, [of_flow(number) for number in range(TRAIN)])
+    items = in_turns(world.gateway, socket.AF_INET)
+    assert world.counters["drop_udp_backlog_full"] + 1 + len(items) == 11 * TRAIN

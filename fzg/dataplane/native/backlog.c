@@ -85,18 +85,34 @@ static void *keep(struct backlog *backlog, struct waiting *waiting, uint8_t **bu
 
 /* -- lanes. */
 
-static uint32_t packets_in(const struct arrival *arrival) { return (arrival->length + arrival->stride - 1) / arrival->stride; }
+static uint32_t packets_in(const struct arrival *arrival)
+{
+    uint32_t datagrams = (arrival->length + arrival->stride - 1) / arrival->stride;
+    return datagrams > arrival->done ? datagrams - arrival->done : 1; /* one: a super-packet of which segments are left */
+}
+
+static uint64_t cost_of(const struct arrival *arrival) { return arrival->length + sizeof(struct waiting); }
 
 static struct waiting *take_first(struct backlog *backlog, struct lane *lane)
 {
     struct waiting *waiting = lane->head;
     lane->head = waiting->next;
-    lane->cost -= waiting->arrival.length + sizeof *waiting;
-    backlog->cost -= waiting->arrival.length + sizeof *waiting;
+    lane->cost -= cost_of(&waiting->arrival);
+    backlog->cost -= cost_of(&waiting->arrival);
     return waiting;
 }
 
-/* The lane after `before` is empty now: out of the round. */
+/* Into the round, where it is the next or the last one. */
+static void enter(struct backlog *backlog, struct lane *lane, bool is_next)
+{
+    lane->next = backlog->last ? backlog->last->next : lane;
+    if (backlog->last)
+        backlog->last->next = lane;
+    if (!backlog->last || !is_next)
+        backlog->last = lane;
+}
+
+/* The lane after `before` leaves the round. */
 static void retire(struct backlog *backlog, struct lane *before)
 {
     struct lane *lane = before->next;
@@ -104,7 +120,6 @@ static void retire(struct backlog *backlog, struct lane *before)
     if (backlog->last == lane)
         backlog->last = before == lane ? NULL : before;
     lane->next = NULL;
-    lane->deficit = 0;
 }
 
 /* The oldest of the longest lane goes, which its sender notices soonest. */
@@ -118,14 +133,16 @@ static void drop_from_longest(struct backlog *backlog)
     struct waiting *waiting = take_first(backlog, lane);
     backlog->dropped += packets_in(&waiting->arrival);
     forget(backlog, waiting);
-    if (!lane->head)
+    if (!lane->head) {
         retire(backlog, longest);
+        lane->deficit = 0;
+    }
 }
 
 void backlog_add(struct backlog *backlog, uint64_t hash, const struct arrival *arrival, uint8_t **buffer)
 {
     struct lane *lane = &backlog->lanes[(hash >> 32) % backlog->lanes_used];
-    uint64_t cost = arrival->length + sizeof(struct waiting);
+    uint64_t cost = cost_of(arrival);
     while (backlog->last && backlog->cost + cost > backlog->max_cost)
         drop_from_longest(backlog);
     struct waiting *waiting = make_waiting(backlog);
@@ -142,10 +159,7 @@ void backlog_add(struct backlog *backlog, uint64_t hash, const struct arrival *a
         lane->tail->next = waiting;
     } else {
         lane->head = waiting;
-        lane->next = backlog->last ? backlog->last->next : lane;
-        if (backlog->last)
-            backlog->last->next = lane;
-        backlog->last = lane;
+        enter(backlog, lane, false);
     }
     lane->tail = waiting;
     lane->cost += cost;
@@ -167,9 +181,38 @@ struct arrival *backlog_next(struct backlog *backlog)
     struct lane *lane = backlog->serving = backlog->last->next;
     backlog->served = take_first(backlog, lane);
     lane->deficit -= backlog->served->arrival.length;
-    if (!lane->head)
+    if (!lane->head) {
         retire(backlog, backlog->last);
+        lane->deficit = 0;
+    }
     return &backlog->served->arrival;
+}
+
+void backlog_hold(struct backlog *backlog)
+{
+    struct lane *lane = backlog->serving;
+    struct waiting *waiting = backlog->served;
+    backlog->served = NULL;
+    if (lane->head) { /* it is the next one still, as no other has been served since */
+        lane->deficit += waiting->arrival.length;
+        retire(backlog, backlog->last);
+    } else {
+        lane->tail = waiting;
+    }
+    waiting->next = lane->head;
+    lane->head = waiting;
+    lane->cost += cost_of(&waiting->arrival);
+    backlog->cost += cost_of(&waiting->arrival);
+    lane->next = backlog->held;
+    backlog->held = lane;
+}
+
+void backlog_release(struct backlog *backlog)
+{
+    for (struct lane *lane; (lane = backlog->held);) {
+        backlog->held = lane->next;
+        enter(backlog, lane, true);
+    }
 }
 
 void backlog_charge(struct backlog *backlog, int64_t octets)
@@ -180,6 +223,7 @@ void backlog_charge(struct backlog *backlog, int64_t octets)
 
 void backlog_free(struct backlog *backlog)
 {
+    backlog_release(backlog);
     while (backlog_next(backlog))
         ;
     while (backlog->spare) {

@@ -43,11 +43,12 @@ struct backlog {
     uint32_t buffer_count;
     struct waiting *served; /* whose octets are in use until the next one is taken */
     struct lane *serving;   /* it came from there */
+    struct lane *held;      /* lanes that are left out for the rest of the turn */
 };
 
 void backlog_init(struct backlog *backlog);
 
-static inline bool backlog_is_empty(const struct backlog *backlog) { return !backlog->last; }
+static inline bool backlog_is_empty(const struct backlog *backlog) { return !backlog->last && !backlog->held; }
 
 /* A buffer to receive into; NULL: no memory. */
 uint8_t *backlog_buffer(struct backlog *backlog);
@@ -62,6 +63,10 @@ struct arrival *backlog_next(struct backlog *backlog);
 
 /* What was served last costs as much as so many octets more. */
 void backlog_charge(struct backlog *backlog, int64_t octets);
+
+/* What was served last is not done: it is the first of its lane again, which is left out until `backlog_release`. */
+void backlog_hold(struct backlog *backlog);
+void backlog_release(struct backlog *backlog);
 
 void backlog_free(struct backlog *backlog);
 

@@ -135,7 +135,7 @@ cdef extern from "state.h" nogil:
     )
     void state_remove_session(engine_state *state, session *removed)
     bint state_set_channel(engine_state *state, const endpoint *relay, uint16_t number, bint usable)
-    install state_install_flow(engine_state *state, const flow *verdict)
+    install engine_install_flow(engine *used, const flow *verdict)
     bint state_sweep(engine_state *state, double now, reports *swept)
     void peer_note_sent(engine_peer *noted, double now)
     void peer_note_received(engine_peer *noted, double now)
@@ -254,6 +254,7 @@ cdef extern from "engine.h" nogil:
         uint32_t urgent_packets
         uint32_t turn_judged
         uint32_t flush_packets
+        bint awaits_verdicts
 
     bint engine_has_backlog(const engine *asked, bint from_tun)
     bint engine_init(engine *made, const seed *random_seed)

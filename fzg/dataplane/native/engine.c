@@ -33,6 +33,7 @@ bool engine_init(struct engine *engine, const struct seed *seed)
     engine->urgent_packets = URGENT_TURN_PACKETS;
     engine->turn_judged = TURN_JUDGED;
     engine->flush_packets = FLUSH_PACKETS;
+    engine->awaits_verdicts = true;
     tun_init(&engine->tun);
     udp_init(&engine->udp[0]);
     udp_init(&engine->udp[1]);
@@ -114,21 +115,42 @@ static uint8_t *add_packet_event(struct engine *engine, enum event_kind kind, ui
     return octets;
 }
 
-static bool has_missed(const struct turn *turn, const struct flow_key *key, uint64_t hash)
+static struct missed *find_missed(const struct turn *turn, const struct flow_key *key, uint64_t hash)
 {
     if (!turn->missed_count)
-        return false;
+        return NULL;
     uint32_t index = turn->newest_missed[hash % MISSED_BUCKETS];
     while (index != NO_INDEX && !(turn->missed[index].hash == hash && key_equals(&turn->missed[index].key, key)))
         index = turn->missed[index].older;
-    return index != NO_INDEX;
+    return index != NO_INDEX ? &turn->missed[index] : NULL;
 }
 
-static void add_missed(struct engine *engine, const struct flow_key *key, uint64_t hash)
+/* Whether the core will let packets like this one go by, as far as one can know: not if it installed nothing before, nor
+ * if there is a verdict that holds and does not help. */
+static bool expects_verdict(struct engine *engine, const struct flow_key *key, uint64_t hash, const struct flow *flow,
+                            const uint8_t *packet)
+{
+    uint64_t *unsettled = &engine->unsettled[hash % UNSETTLED_FLOWS];
+    if ((flow && flow->valid_until > engine->turn.now) || !packet_is_cacheable(packet, key))
+        return false;
+    if (!flow && *unsettled == hash)
+        return false;
+    *unsettled = hash;
+    return engine->awaits_verdicts;
+}
+
+enum install engine_install_flow(struct engine *engine, const struct flow *verdict)
+{
+    enum install result = state_install_flow(&engine->state, verdict);
+    uint64_t hash = key_hash(&engine->state.seed, &verdict->key);
+    if (result == INSTALLED && engine->unsettled[hash % UNSETTLED_FLOWS] == hash)
+        engine->unsettled[hash % UNSETTLED_FLOWS] = 0;
+    return result;
+}
+
+static void add_missed(struct engine *engine, const struct flow_key *key, uint64_t hash, bool awaits_verdict)
 {
     struct turn *turn = &engine->turn;
-    if (has_missed(turn, key, hash))
-        return;
     if (turn->missed_count == turn->missed_capacity) {
         uint32_t capacity = turn->missed_capacity ? 2 * turn->missed_capacity : 64;
         struct missed *missed = realloc(turn->missed, capacity * sizeof *missed);
@@ -142,15 +164,26 @@ static void add_missed(struct engine *engine, const struct flow_key *key, uint64
     if (!turn->missed_count)
         memset(turn->newest_missed, 0xFF, sizeof turn->newest_missed);
     uint32_t *newest = &turn->newest_missed[hash % MISSED_BUCKETS];
-    turn->missed[turn->missed_count] = (struct missed){*key, hash, *newest};
+    turn->missed[turn->missed_count] = (struct missed){*key, hash, *newest, awaits_verdict};
     *newest = turn->missed_count++;
 }
 
+/* Whether a packet comes after one of its flow that the core decides on after this turn, and waits for that. */
+static bool must_wait(const struct engine *engine, const struct flow_key *key, uint64_t hash, const struct flow *flow,
+                      const uint8_t *packet)
+{
+    const struct missed *missed = find_missed(&engine->turn, key, hash);
+    return missed && missed->awaits_verdict && !(flow && flow->valid_until > engine->turn.now)
+        && packet_is_cacheable(packet, key);
+}
+
 /* A packet that its flow does not cover goes to the policy; the report of one that is over comes before it. */
-static void miss(struct engine *engine, const struct flow_key *key, uint64_t hash, struct flow *flow)
+static void miss(struct engine *engine, const struct flow_key *key, uint64_t hash, struct flow *flow,
+                 const uint8_t *packet)
 {
     struct report report;
-    add_missed(engine, key, hash);
+    if (!find_missed(&engine->turn, key, hash))
+        add_missed(engine, key, hash, expects_verdict(engine, key, hash, flow, packet));
     if (!flow || flow->valid_until > engine->turn.now || !state_lapse_flow(&engine->state, flow, &report))
         return;
     struct event *event = add_event(engine, EVENT_FLOW_REPORT);
@@ -174,17 +207,36 @@ static void forward(struct engine *engine, struct flow *flow, uint8_t *packet, u
     tun_queue(&engine->tun, length, &flow->translated_key, flow->translated_hash, flow->peer->handle);
 }
 
+/* The length that the IP header gives; false: there is none. */
+static bool read_length(const uint8_t *packet, uint32_t size, uint32_t *length)
+{
+    uint8_t version = packet[0] >> 4;
+    if (version == 4 && size >= IPV4_HEADER)
+        *length = load_be16(packet + 2);
+    else if (version == 6 && size >= IPV6_HEADER)
+        *length = load_be16(packet + 4) + (uint32_t)IPV6_HEADER;
+    else
+        return false;
+    return true;
+}
+
+/* The same for a decrypted packet as `must_wait`. */
+static bool inner_must_wait(const struct engine *engine, const struct peer *peer, const uint8_t *plain, uint32_t size)
+{
+    struct flow_key key;
+    uint32_t length;
+    if (!read_length(plain, size, &length) || length > size || length > MTU || !packet_key(plain, length, &key))
+        return false;
+    uint64_t hash = key_hash(&engine->state.seed, &key);
+    return must_wait(engine, &key, hash, state_inbound_flow(&engine->state, peer, &key, hash), plain);
+}
+
 /* Forward the decrypted packet by its flow or hand it to the policy; padding is cut (spec connectivity 5.7). */
 static void take_inner(struct engine *engine, struct peer *peer, uint8_t *plain, uint32_t size,
                        const struct arrival *arrival)
 {
     uint32_t length;
-    uint8_t version = plain[0] >> 4;
-    if (version == 4 && size >= IPV4_HEADER) {
-        length = load_be16(plain + 2);
-    } else if (version == 6 && size >= IPV6_HEADER) {
-        length = load_be16(plain + 4) + (uint32_t)IPV6_HEADER;
-    } else {
+    if (!read_length(plain, size, &length)) {
         engine->counters.drop_inner_not_ip++;
         return;
     }
@@ -200,11 +252,11 @@ static void take_inner(struct engine *engine, struct peer *peer, uint8_t *plain,
     if (packet_key(plain, length, &key)) {
         uint64_t hash = key_hash(&engine->state.seed, &key);
         struct flow *flow = state_inbound_flow(&engine->state, peer, &key, hash);
-        if (flow && flow_admits(flow, plain, engine->turn.now) && !has_missed(&engine->turn, &key, hash)) {
+        if (flow && flow_admits(flow, plain, engine->turn.now) && !find_missed(&engine->turn, &key, hash)) {
             forward(engine, flow, plain, length, arrival->ecn);
             return;
         }
-        miss(engine, &key, hash, flow);
+        miss(engine, &key, hash, flow, plain);
     }
     struct event *event;
     uint8_t *packet = add_packet_event(engine, EVENT_INNER_PACKET, length, &event);
@@ -217,37 +269,47 @@ static void take_inner(struct engine *engine, struct peer *peer, uint8_t *plain,
     event->local = arrival->local;
 }
 
-/* Settle one datagram, or say that it is not one of ours. */
-static bool open_datagram(struct engine *engine, const uint8_t *datagram, uint32_t size, const struct arrival *arrival)
+/* What became of something. */
+enum outcome {
+    SETTLED, /* or an event */
+    FOREIGN, /* not one of ours */
+    WAITS,   /* left as it was, for a later turn */
+};
+
+static enum outcome open_datagram(struct engine *engine, const uint8_t *datagram, uint32_t size,
+                                  const struct arrival *arrival)
 {
     if (size >= CHANNEL_HEADER && datagram[0] >> 4 == 4) { /* ChannelData: the first byte is 0x40 to 0x4F */
         uint32_t length = load_be16(datagram + 2);
         if (length > size - CHANNEL_HEADER || size - CHANNEL_HEADER - length > CHANNEL_SURPLUS
             || !state_has_channel(&engine->state, &arrival->source, load_be16(datagram)))
-            return false;
+            return FOREIGN;
         datagram += CHANNEL_HEADER;
         size = length;
     }
     if (size < DATA_OVERHEAD || load_le32(datagram) != DATA_TYPE)
-        return false;
+        return FOREIGN;
     struct session *session = state_session(&engine->state, load_le32(datagram + 4));
     if (!session)
-        return false;
+        return FOREIGN;
 
     uint64_t counter = load_le64(datagram + 8);
     if (!window_accepts(&session->window, counter)) {
         engine->counters.drop_replayed++;
-        return true;
+        return SETTLED;
     }
     uint8_t *plain = tun_reserve(&engine->tun, size);
     if (!plain) {
         engine->counters.drop_no_memory++;
-        return true;
+        return SETTLED;
     }
     if (!cipher_open(&session->receiving, counter, datagram + DATA_HEADER, size - DATA_HEADER, plain)) {
         engine->counters.drop_undecryptable++;
-        return true;
+        return SETTLED;
     }
+    size -= DATA_OVERHEAD;
+    if (size && engine->turn.missed_count && inner_must_wait(engine, session->peer, plain, size))
+        return WAITS;
     window_mark(&session->window, counter);
     if (!session->confirmed) {
         struct event *event = add_event(engine, EVENT_CONFIRMED);
@@ -255,27 +317,32 @@ static bool open_datagram(struct engine *engine, const uint8_t *datagram, uint32
         if (event)
             event->local_index = session->local_index;
     }
-    size -= DATA_OVERHEAD;
     if (!size) {
         peer_note_received(session->peer, engine->turn.now);
-        return true;
+        return SETTLED;
     }
     session_note_data_received(session, engine->turn.now);
     take_inner(engine, session->peer, plain, size, arrival);
-    return true;
+    return SETTLED;
 }
 
-static void take_arrival(struct engine *engine, const struct arrival *arrival, bool copy)
+/* False: the rest waits, from `done` on. */
+static bool take_arrival(struct engine *engine, struct arrival *arrival, bool copy)
 {
-    for (uint32_t offset = 0; offset < arrival->length; offset += arrival->stride) {
+    uint32_t offset;
+    for (; (offset = arrival->done * arrival->stride) < arrival->length; arrival->done++) {
         const uint8_t *datagram = arrival->octets + offset;
         uint32_t left = arrival->length - offset, size = left < arrival->stride ? left : arrival->stride;
-        engine->turn.packets++;
         if (size > MAX_DATAGRAM) {
+            engine->turn.packets++;
             engine->counters.drop_udp_oversized++;
             continue;
         }
-        if (open_datagram(engine, datagram, size, arrival))
+        enum outcome outcome = open_datagram(engine, datagram, size, arrival);
+        if (outcome == WAITS)
+            return false;
+        engine->turn.packets++;
+        if (outcome == SETTLED)
             continue;
         struct event *event;
         if (copy) {
@@ -294,6 +361,7 @@ static void take_arrival(struct engine *engine, const struct arrival *arrival, b
         event->source = arrival->source;
         event->local = arrival->local;
     }
+    return true;
 }
 
 /* Whether a datagram carries data of ours, and the lane of whose it is. */
@@ -388,6 +456,7 @@ static uint32_t turn_limit(const struct engine *engine)
 int engine_receive_udp(struct engine *engine, bool is_ipv4, double now)
 {
     begin_turn(engine, now);
+    backlog_release(&engine->from_udp);
     int result = take_in_udp(engine, engine_udp(engine, is_ipv4));
     if (result < 0)
         return result;
@@ -397,7 +466,8 @@ int engine_receive_udp(struct engine *engine, bool is_ipv4, double now)
         if (!arrival)
             break;
         uint32_t before = engine->turn.event_count;
-        take_arrival(engine, arrival, true);
+        if (!take_arrival(engine, arrival, true))
+            backlog_hold(&engine->from_udp);
         backlog_charge(&engine->from_udp, (int64_t)(engine->turn.event_count - before) * JUDGED_OCTETS);
         if (engine->tun.queued >= engine->flush_packets && !tun_flush(&engine->tun))
             break;
@@ -407,8 +477,9 @@ int engine_receive_udp(struct engine *engine, bool is_ipv4, double now)
 
 void engine_handle_datagram(struct engine *engine, const struct arrival *datagram, double now)
 {
+    struct arrival arrival = *datagram;
     begin_turn(engine, now);
-    take_arrival(engine, datagram, false);
+    take_arrival(engine, &arrival, false);
 }
 
 /* -- from the TUN to UDP. */
@@ -439,19 +510,32 @@ bool engine_seal(struct engine *engine, struct peer *peer, const uint8_t *packet
     return seal(session, packet, size, message);
 }
 
-/* The flow that covers a packet now, if its client can be sent to; a miss holds for the rest of the turn. */
-static struct flow *hit(struct engine *engine, const uint8_t *packet, uint32_t length)
+/* The flow that covers a packet now, if its client can be sent to. NULL: the packet is for the core, unless it waits. */
+static struct flow *hit(struct engine *engine, const uint8_t *packet, uint32_t length, bool *waits)
 {
     struct flow_key key;
+    *waits = false;
     if (!packet_key(packet, length, &key))
         return NULL;
     uint64_t hash = key_hash(&engine->state.seed, &key);
     struct flow *flow = state_outbound_flow(&engine->state, &key, hash);
     if (flow && flow_admits(flow, packet, engine->turn.now) && flow->peer->path.known && flow->peer->current
-        && !has_missed(&engine->turn, &key, hash))
+        && !find_missed(&engine->turn, &key, hash))
         return flow;
-    miss(engine, &key, hash, flow);
+    *waits = must_wait(engine, &key, hash, flow, packet);
+    if (!*waits)
+        miss(engine, &key, hash, flow, packet);
     return NULL;
+}
+
+/* Whether what follows this one in its flow, which missed, waits for the verdict. */
+static bool rest_must_wait(const struct engine *engine, const uint8_t *packet, uint32_t length)
+{
+    struct flow_key key;
+    if (!packet_key(packet, length, &key))
+        return false;
+    uint64_t hash = key_hash(&engine->state.seed, &key);
+    return must_wait(engine, &key, hash, state_outbound_flow(&engine->state, &key, hash), packet);
 }
 
 /* The client's way out: NULL if there is no socket of its family. */
@@ -497,10 +581,15 @@ static void send_packet(struct engine *engine, struct udp_port *port, const stru
     udp_queue(port, total, route);
 }
 
-/* Handle one packet, which may be changed. `original`: the same octets for an event to name, if they outlive the turn. */
-static void take_packet(struct engine *engine, uint8_t *packet, uint32_t length, const uint8_t *original)
+/* Handle one packet, which may be changed. `original`: the same octets for an event to name, if they outlive the turn.
+ * False: it waits, unchanged. */
+static bool take_packet(struct engine *engine, uint8_t *packet, uint32_t length, const uint8_t *original)
 {
-    struct flow *flow = hit(engine, packet, length);
+    bool waits;
+    struct flow *flow = hit(engine, packet, length, &waits);
+    if (waits)
+        return false;
+    engine->turn.packets++;
     if (!flow) {
         struct event *event;
         if (original) {
@@ -509,86 +598,96 @@ static void take_packet(struct engine *engine, uint8_t *packet, uint32_t length,
                 event->octets = original;
                 event->size = length;
             }
-            return;
+            return true;
         }
         uint8_t *octets = add_packet_event(engine, EVENT_OUTBOUND_PACKET, length, &event);
         if (octets)
             memcpy(octets, packet, length);
-        return;
+        return true;
     }
     struct route route;
     struct peer *peer = flow->peer;
     struct udp_port *port = way_out(engine, peer, packet_ecn(packet), &route);
     if (!port) {
         engine->counters.drop_udp_no_socket++;
-        return;
+        return true;
     }
     if (flow->is_translated)
         translation_apply(&flow->translation, packet);
     flow_count(flow, 1, packet_payload(packet, length, &flow->key), engine->turn.now);
     send_packet(engine, port, &route, peer, NULL, 0, packet, length);
     session_note_data_sent(peer->current, engine->turn.now);
+    return true;
 }
 
-static void take_super_packet(struct engine *engine, uint8_t *packet, uint32_t length, const struct vnet *vnet)
+/* Handle a super-packet from segment `done` on. False: it waits, from `done` on. */
+static bool take_super_packet(struct engine *engine, uint8_t *packet, uint32_t length, const struct vnet *vnet,
+                              uint32_t *done)
 {
     struct super_packet super;
     if (!super_packet_init(&super, packet, length, vnet)) {
         engine->counters.drop_tun_malformed++;
-        return;
+        return true;
     }
-    engine->turn.packets += super.segments;
-    struct flow *flow = hit(engine, packet, length);
+    bool waits;
+    struct flow *flow = hit(engine, packet, length, &waits);
+    if (waits)
+        return false;
     if (!flow) {
-        for (uint32_t i = 0; i < super.segments; i++) {
+        uint32_t end = rest_must_wait(engine, packet, length) ? *done + 1 : super.segments;
+        for (; *done < end; ++*done) {
             struct event *event;
-            uint8_t *octets = add_packet_event(engine, EVENT_OUTBOUND_PACKET, super_packet_size(&super, i), &event);
+            uint8_t *octets = add_packet_event(engine, EVENT_OUTBOUND_PACKET, super_packet_size(&super, *done), &event);
             if (octets)
-                super_packet_segment(&super, i, octets);
+                super_packet_segment(&super, *done, octets);
+            engine->turn.packets++;
         }
-        return;
+        return end == super.segments;
     }
+    uint32_t first = *done, segments = super.segments - first;
+    engine->turn.packets += segments;
     struct route route;
     struct peer *peer = flow->peer;
     struct udp_port *port = way_out(engine, peer, packet_ecn(packet), &route);
     if (!port) {
-        engine->counters.drop_udp_no_socket += super.segments;
-        return;
+        engine->counters.drop_udp_no_socket += segments;
+        return true;
     }
     if (flow->is_translated) {
         translation_apply(&flow->translation, packet);
         super_packet_init(&super, packet, length, vnet);
     }
-    flow_count(flow, super.segments, super.payload, engine->turn.now);
-    for (uint32_t i = 0; i < super.segments; i++)
+    flow_count(flow, segments, super.payload - first * super.segment, engine->turn.now);
+    for (uint32_t i = first; i < super.segments; i++)
         send_packet(engine, port, &route, peer, &super, i, NULL, super_packet_size(&super, i));
     session_note_data_sent(peer->current, engine->turn.now);
+    return true;
 }
 
-/* Handle what one read left in the buffer: a packet, or a super-packet that is decided on as one. */
-static void take_read(struct engine *engine, uint8_t *packet, uint32_t length)
+/* Handle what one read brought: a packet, or a super-packet that is decided on as one. False: it waits, from `done` on. */
+static bool take_read(struct engine *engine, struct arrival *read)
 {
     struct vnet vnet = {0};
+    uint8_t *packet = read->octets;
+    uint32_t length = read->length;
     if (engine->tun.vnet_hdr) {
         if (length <= VNET_HEADER) {
             engine->counters.drop_tun_malformed++;
-            return;
+            return true;
         }
         memcpy(&vnet, packet, VNET_HEADER);
         packet += VNET_HEADER;
         length -= VNET_HEADER;
     }
-    engine->counters.tun_rx_bytes += length;
-    if (vnet.gso_type != GSO_NONE) {
-        take_super_packet(engine, packet, length, &vnet);
-        return;
-    }
+    if (vnet.gso_type != GSO_NONE)
+        return take_super_packet(engine, packet, length, &vnet, &read->done);
     if (length > MTU || (vnet.flags & VNET_NEEDS_CSUM && !vnet_complete_checksum(&vnet, packet, length))) {
         engine->counters.drop_tun_malformed++;
-        return;
+        return true;
     }
-    engine->turn.packets++;
-    take_packet(engine, packet, length, NULL);
+    if (engine->tun.vnet_hdr)
+        read->octets[0] &= (uint8_t)~VNET_NEEDS_CSUM; /* it is done, even if the packet waits */
+    return take_packet(engine, packet, length, NULL);
 }
 
 static bool flush_udp(struct engine *engine)
@@ -625,6 +724,8 @@ static int take_in_tun(struct engine *engine)
         struct arrival arrival = {.octets = engine->read, .length = (uint32_t)length, .stride = (uint32_t)length};
         backlog_add(&engine->from_tun, lane_of_read(engine, engine->read, arrival.length), &arrival, &engine->read);
         engine->counters.tun_rx_calls++;
+        if (!engine->tun.vnet_hdr || length > VNET_HEADER)
+            engine->counters.tun_rx_bytes += (uint64_t)length - (engine->tun.vnet_hdr ? VNET_HEADER : 0);
         octets -= length;
     }
     return 0;
@@ -633,6 +734,7 @@ static int take_in_tun(struct engine *engine)
 int engine_receive_tun(struct engine *engine, double now)
 {
     begin_turn(engine, now);
+    backlog_release(&engine->from_tun);
     int result = take_in_tun(engine);
     if (result < 0)
         return result;
@@ -641,7 +743,8 @@ int engine_receive_tun(struct engine *engine, double now)
         if (!arrival)
             break;
         uint32_t before = engine->turn.packets, judged = engine->turn.event_count;
-        take_read(engine, arrival->octets, arrival->length);
+        if (!take_read(engine, arrival))
+            backlog_hold(&engine->from_tun);
         backlog_charge(&engine->from_tun, (int64_t)(engine->turn.event_count - judged) * JUDGED_OCTETS);
         engine->counters.tun_rx_packets += engine->turn.packets - before;
         if (engine->udp[0].queued + engine->udp[1].queued >= engine->flush_packets && !flush_udp(engine))

@@ -7,7 +7,11 @@
 #include "tun_port.h"
 #include "udp_port.h"
 
-enum { MISSED_BUCKETS = 256 };
+enum {
+    MISSED_BUCKETS = 256,
+    /* Flows that the core judged and installed nothing for; one that is forgotten costs a turn of its client. */
+    UNSETTLED_FLOWS = 1024,
+};
 
 enum event_kind {
     EVENT_DATAGRAM,
@@ -31,11 +35,13 @@ struct event {
     struct report report;
 };
 
-/* A 5-tuple that missed; the rest of its packets follow it to the core for the rest of the turn. */
+/* A 5-tuple that missed. For the rest of the turn its packets wait for the verdict if one is to be expected, or else
+ * follow it to the core. */
 struct missed {
     struct flow_key key;
     uint64_t hash;
     uint32_t older;
+    bool awaits_verdict;
 };
 
 /* What accumulates during one call. */
@@ -75,6 +81,8 @@ struct engine {
     uint32_t urgent_packets;
     uint32_t turn_judged;
     uint32_t flush_packets;
+    bool awaits_verdicts; /* always, but in tests that compare */
+    uint64_t unsettled[UNSETTLED_FLOWS]; /* hashes of keys */
 };
 
 bool engine_init(struct engine *engine, const struct seed *seed); /* false: no memory */
@@ -94,6 +102,9 @@ static inline bool engine_has_backlog(const struct engine *engine, bool from_tun
 {
     return !backlog_is_empty(from_tun ? &engine->from_tun : &engine->from_udp);
 }
+
+/* The core's verdict on a flow. */
+enum install engine_install_flow(struct engine *engine, const struct flow *verdict);
 
 /* What the core lets out; `owner`: the peer whose forwarded data it is, or CORE. */
 void engine_write_tun(struct engine *engine, const uint8_t *packet, uint32_t length, int64_t owner);

@@ -16,6 +16,7 @@ enum {
     TCP_RST = 0x04,
     TCP_PSH = 0x08,
     TCP_ACK = 0x10,
+    TCP_NEVER_CACHED = TCP_SYN | TCP_FIN | TCP_RST, /* always for the policy (design 4) */
 };
 
 enum protocol { PROTOCOL_ICMP = 1, PROTOCOL_TCP = 6, PROTOCOL_UDP = 17, PROTOCOL_ICMPV6 = 58 };
@@ -33,6 +34,12 @@ struct flow_key {
 static inline bool key_is_ipv4(const struct flow_key *key) { return key->size == IPV4_KEY_SIZE; }
 static inline uint8_t key_protocol(const struct flow_key *key) { return key->octets[key->size - 1]; }
 static inline uint32_t key_l4_offset(const struct flow_key *key) { return key_is_ipv4(key) ? IPV4_HEADER : IPV6_HEADER; }
+
+/* Whether the policy may let such packets go by without it. */
+static inline bool packet_is_cacheable(const uint8_t *packet, const struct flow_key *key)
+{
+    return key_protocol(key) != PROTOCOL_TCP || !(packet[key_l4_offset(key) + 13] & TCP_NEVER_CACHED);
+}
 
 static inline bool key_equals(const struct flow_key *one, const struct flow_key *other)
 {

@@ -28,6 +28,7 @@ struct arrival {
     uint8_t *octets;
     uint32_t length;
     uint32_t stride;
+    uint32_t done; /* datagrams, or segments of the read, that an earlier turn took */
     struct endpoint source;
     struct endpoint local;
     uint8_t ecn;
@@ -176,7 +177,7 @@ void state_free(struct state *state);
 static inline bool flow_admits(const struct flow *flow, const uint8_t *packet, double now)
 {
     return flow->generation == flow->peer->generation && flow->valid_until > now
-        && !(flow->is_tcp && packet[flow->l4_offset + 13] & (TCP_SYN | TCP_FIN | TCP_RST));
+        && !(flow->is_tcp && packet[flow->l4_offset + 13] & TCP_NEVER_CACHED);
 }
 
 static inline void flow_count(struct flow *flow, uint64_t packets, uint64_t payload_octets, double now)
