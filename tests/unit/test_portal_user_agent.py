@@ -51,9 +51,13 @@ def test_what_is_unknown_about_machine_and_kernel_is_left_out():
 
 @pytest.mark.spec("PORTAL-10")
 def test_the_header_of_this_host_has_the_version_token_and_only_ascii(tmp_path):
+    hosts = [host_user_agent(), host_user_agent(os_release=tmp_path / "none")]
     release = tmp_path / "os-release"
-    release.write_text('ID=debian\nVERSION_ID="1\u00b2 \u4e2d\r\nX-Evil: 1"\n')
-    for text in (host_user_agent(), host_user_agent(os_release=release), host_user_agent(os_release=tmp_path / "none")):
+    for version in ("1\u00b2 \u4e2d\r\nX-Evil: 1", "\u4e2d1\u00b2\x7f"):
+        release.write_text(f'ID=debian\nVERSION_ID="{version}"\n')
+        hosts.append(host_user_agent(os_release=release))
+    assert hosts[-1].startswith("Debian/1 gateway/")
+    for text in hosts:
         assert text.isascii()
         assert text.isprintable()
         (token,) = [word for word in text.split(" ") if word.startswith("gateway/")]
