@@ -604,9 +604,12 @@ def _as_fatal(task: str, error: BaseException) -> FatalError:
     return error if isinstance(error, FatalError) else FatalError(f"the {task} task ended: {logs.chain(error)}")
 
 
-def _report_failure(_context: object, kind: type[BaseException], error: BaseException, traceback: Any) -> None:
-    """A greenlet died of a mistake of ours: into the log, where gevent would write to standard error."""
-    if not issubclass(kind, FatalError):
+def _report_failure(context: object, kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+    """A greenlet died of a mistake of ours: into the log, where gevent would write to standard error.
+
+    What a task of a thread pool raises is raised to whoever waits for it, too: gevent names the worker and the task.
+    """
+    if not issubclass(kind, FatalError) and not isinstance(context, tuple):
         _LOG.error("A task failed", exc_info=(kind, error, traceback))
 
 
