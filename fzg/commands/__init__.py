@@ -8,10 +8,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import click
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import click
 
 # A first argument that is exactly one of these is that command, anything else is the token (spec README, decisions).
 COMMANDS = {
@@ -28,9 +28,12 @@ COMMANDS = {
 
 
 def run(name: str, arguments: Sequence[str], options: dict[str, Any]) -> int:
-    """The exit code of one command; raises click's usage errors."""
+    """The exit code of one command; raises click's errors."""
     command: click.Command = import_module(COMMANDS[name]).command
-    code: int | None = command.main(
-        args=list(arguments), prog_name=f"firezone-gateway {name}", standalone_mode=False, obj=options
-    )
+    try:
+        code: int | None = command.main(
+            args=list(arguments), prog_name=f"firezone-gateway {name}", standalone_mode=False, obj=options
+        )
+    except OSError as error:  # commands see to those of their own files, click to a reader that left
+        raise click.ClickException(f"the output cannot be written: {error.strerror or error}") from error
     return code or 0

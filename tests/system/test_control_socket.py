@@ -201,6 +201,17 @@ def test_an_operator_finds_the_socket_that_systemd_placed(portal, start, namespa
     assert json.loads(done.stdout)["pid"] == gateway.pid
 
 
+@pytest.mark.parametrize("words", [["status"], ["status", "--json"], ["id", "--json"], ["bundle", "--output", "-"]])
+def test_output_that_nobody_takes_is_no_traceback(gateway, words):
+    """A full disk is told in one line; a reader that left, as `head` does, in none."""
+    program = " ".join([*SOURCE, *words])
+    full = operator(gateway, *words, prefix=["sh", "-c", f"exec {program} > /dev/full", "--"])
+    assert full.returncode == 1
+    assert full.stderr == "firezone-gateway: the output cannot be written: No space left on device\n"
+    left = operator(gateway, *words, prefix=["sh", "-c", f"{{ sleep 0.1; {program}; echo $? >&2; }} | true", "--"])
+    assert left.stderr == "1\n"
+
+
 # -- caps
 
 
