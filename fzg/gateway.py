@@ -25,6 +25,7 @@ from fzg.portal import messages
 from fzg.sansio import Deadline, Transmit, earliest
 from fzg.tunnel import filters, ingest_token, resources, traffic
 from fzg.tunnel.events import (
+    Claimed,
     ClientEmpty,
     ClientGone,
     Consumed,
@@ -461,6 +462,12 @@ class Gateway:
                     case Revoked(client_id=client_id):
                         if (handle := self._handles.get(client_id)) is not None:
                             self.engine.revoke(handle)
+                    case Claimed(client_id=client_id, keys=keys):
+                        if (handle := self._handles.get(client_id)) is not None:
+                            for key in keys:  # over in the past: the next packet is judged anew
+                                self.engine.install_flow(
+                                    handle, key, inbound=False, rewrite=None, valid_until=0.0, token=0
+                                )
                     case SendToClient(client_id=client_id, packet=packet):
                         self._send(client_id, packet, now)
                     case ResolveDomain(request=request, domain=domain):

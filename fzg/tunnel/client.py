@@ -13,6 +13,7 @@ from fzg.tunnel.proxies import ProxyTable
 from fzg.tunnel.ranges import is_excluded_from_internet, is_proxy
 from fzg.tunnel.resources import Authorization, CidrResource, DnsResource, InternetResource, Resource
 from fzg.tunnel.routes import Routes
+from fzg.tunnel.untranslated import Untranslated
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -23,6 +24,7 @@ _LOG = logging.getLogger(__name__)
 
 # Ours: the portal may name that many resources for one client; a sane account has fewer in all.
 MAX_AUTHORIZATIONS = 1 << 14
+FLOW_VALIDITY = 1.0  # s until a flow is decided anew; carries last-use times back to NAT entries
 # Spec tunnel 3.1 [HARDEN]: a lower cap could hide "prohibited", without one a client turns us into a reflector.
 ICMP_REPLIES_PER_SECOND = 1000
 
@@ -55,6 +57,7 @@ class Client:
         "met",
         "nat",
         "proxies",
+        "untranslated",
     )
 
     def __init__(self, client_id: str, ipv4: bytes, ipv6: bytes, gateway: frozenset[bytes] = frozenset()) -> None:
@@ -64,6 +67,7 @@ class Client:
         self.met = self.exempt = gateway
         self.nat = NatTable()
         self.proxies = ProxyTable()
+        self.untranslated = Untranslated(FLOW_VALIDITY)
         self._authorizations: dict[str, Authorization] = {}
         self._routes = Routes()
         self._internet: list[Authorization] = []  # by ascending id
@@ -221,6 +225,8 @@ class Client:
         if not self.proxies.belongs_elsewhere(domain, proxy_ips):
             return None
         for authorization in self._authorizations.values():
+            if not isinstance(authorization.resource, DnsResource):
+                continue  # it may have the id of a former one that was
             for ip in self.proxies.of_resource(authorization.resource.id):
                 self._routes.remove(ip, authorization)
         self.proxies.clear()
@@ -238,11 +244,12 @@ class Client:
         if not self.proxies.has_room(proxy_ips):
             _LOG.warning("a client assigned too many proxy IPs, no more are taken on")
             return None
+        is_first = self.proxies.is_empty  # until now it was not noted which flows a session may claim
         added, lost = self.proxies.assign(domain, resource_id, proxy_ips, addresses)
         authorization = self._authorizations[resource_id]
         for ip in added:
             self._routes.add(ip, authorization)
-        return lost
+        return lost or is_first
 
     def may_reply(self, now: float) -> bool:
         """Whether another ICMP error may be sent; counts it."""

@@ -7,6 +7,8 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fzg.tunnel.flow_log import Tally
 
 
@@ -114,4 +116,12 @@ class Revoked:
     client_id: str
 
 
-Event = ResolveDomain | SendToClient | ClientEmpty | ClientGone | Revoked
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """A NAT session began that packets of these flows to the client belong to: void them before the next packet."""
+
+    client_id: str
+    keys: Sequence[FlowKey]
+
+
+Event = ResolveDomain | SendToClient | ClientEmpty | ClientGone | Revoked | Claimed

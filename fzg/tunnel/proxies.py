@@ -34,6 +34,11 @@ class ProxyTable:
         self._by_resource: dict[str, set[bytes]] = {}
         self._pairs = 0
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no IP was assigned, so that no session can begin."""
+        return not self._proxies
+
     def get(self, ip: bytes) -> Proxy | None:
         """The entry of a proxy IP."""
         return self._proxies.get(ip)

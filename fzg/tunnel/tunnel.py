@@ -8,8 +8,9 @@ from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 
 from fzg.sansio import Deadline, EcnCodepoint, earliest
-from fzg.tunnel.client import Client, Refusal
+from fzg.tunnel.client import FLOW_VALIDITY, Client, Refusal
 from fzg.tunnel.events import (
+    Claimed,
     ClientEmpty,
     ClientGone,
     Consumed,
@@ -47,7 +48,6 @@ _LOG = logging.getLogger(__name__)
 HOUSEKEEPING_INTERVAL = 1.0  # s, spec tunnel 1.3
 RESOLUTION_TIMEOUT = 10.0  # s, spec tunnel 1.3
 MAX_RESOLUTIONS = 1000  # at once, spec tunnel 1.3
-FLOW_VALIDITY = 1.0  # s until a flow is decided anew; carries last-use times back to NAT entries
 
 # Ours: how long a flow that is not logged yet goes unnoticed when its next packet would start it.
 UNLOGGED_VALIDITY = 0.1  # s
@@ -262,7 +262,10 @@ class Tunnel:
                 tally = Tally(logged, parsed.payload_length, parsed.tcp_flags)
         if not isinstance(entry, Entry):
             token = logged.token << 1 | 1 if logged is not None else 0
-            return Deliver(client.id, packet, _flow(parsed, None, token, valid_until), tally)
+            direct = _flow(parsed, None, token, valid_until)
+            if direct is not None and not client.proxies.is_empty:
+                client.untranslated.note(parsed.destination_value, source, direct.key, now)
+            return Deliver(client.id, packet, direct, tally)
         port = entry.source_value & 0xFFFF
         translated = ip.rewrite_to_client(parsed, source, port)
         flow = self._nat_flow(parsed, entry, (source, port), 1, valid_until, logged)
@@ -403,6 +406,8 @@ class Tunnel:
         entry = client.nat.outgoing(value, parsed.destination, proxy.resolved, parsed.tcp_flags, now)
         if entry is None:
             return self._drop(DropReason.NAT_EXHAUSTED)
+        if not entry.is_cached and (claimed := client.untranslated.take(entry.outside_value, entry.real)):
+            self._events.append(Claimed(client.id, claimed))
         port = entry.outside_value & 0xFFFF
         translated = _merge_ecn(ip.rewrite_to_network(parsed, entry.real, port), ecn)
         logged = None
@@ -551,6 +556,7 @@ class Tunnel:
         return Drop(reason)
 
     def _sweep(self, client: Client, now: float, limit: int) -> int:
+        client.untranslated.prune(now)
         ended = client.nat.sweep(now, limit)
         # Flows are no older than the last packet that was judged here.
         if any(entry.is_cached and entry.last_packet + FLOW_VALIDITY > now for entry in ended):

@@ -77,11 +77,14 @@ REALS = [
 DESTINATIONS4 = [
     "10.0.0.5", "10.0.0.6", "10.1.2.3", "192.168.1.1", "1.1.1.1", "8.8.8.8", "172.31.255.255", "172.32.0.1",
     "127.0.0.1", "169.254.1.1", "240.0.0.1", "255.255.255.255", "0.1.2.3", "224.0.0.251", "100.64.0.3", "100.64.0.77",
-    "100.127.0.1", "100.100.111.1", "100.64.0.2", "100.64.0.8", "10.0.0.1",
+    "100.127.0.1", "100.100.111.1", "100.64.0.2", "100.64.0.8", "10.0.0.1", "10.255.0.1", "172.16.0.1", "172.24.0.1",
+    "192.169.0.1", "169.253.0.1", "100.63.0.1", "100.128.0.1", "100.95.255.255", "239.1.1.1",
 ]  # fmt: skip
 DESTINATIONS6 = [
     "2001:db8::5", "2001:db8::6", "2001:db8::4", "2606:4700::1111", "fc00::1", "fe80::1", "::1", "::ffff:1.2.3.4",
-    "64:ff9b::1", "ff02::fb", "fd00:2021:1111::3", "fd00:2021:1111:8000::77", "fd00:2021:1111::2", "fd00:2021:1111::8",
+    "64:ff9b::1", "ff02::fb", "ff0e::1",
+    "fd12:3456::1", "febf::1", "fec0::1", "fe00::1", "fd00:2021:1111::3", "fd00:2021:1111:8000::77",
+    "fd00:2021:1111::2", "fd00:2021:1111::8",
 ]  # fmt: skip
 SOON = (1, 2, 5, 10, 60, 61, 7200)
 PAUSES = (0.0, 0.25, 0.25, 0.5, 0.5, 0.75, 1.0, 1.0, 1.25, 2.0, 5.0, 6.0)
@@ -122,7 +125,7 @@ class Script:
                 opening += [self.assign(4, client=0), ("answer", 0, r.choice(REALS[:5]))]
         steps = opening
         while len(steps) < STEPS:
-            steps += self.story() if r.random() < 0.04 else [self.step()]
+            steps += self.story() if r.random() < 0.07 else [self.step()]
         return steps[:STEPS]
 
     def story(self) -> list[Step]:
@@ -137,6 +140,10 @@ class Script:
         middle: list[Step] = r.choice(
             [
                 [("again", 0, "fin", b"", 1), ("reply", 0, "fin", 1, 1), data, answer, ("pause", 5.0), ("pause", 0.75)],
+                [r.choice((("again", 0, "fin", b"", 1), ("reply", 0, "fin", 1, 1))), ("pause", 5.0), ("pause", 1.25)],
+                [*self.collision(), pause],
+                [*self.refresh(), data, answer, pause],
+                [*self.both_ways(), answer, pause],
                 [data, ("reply", 0, "rst", 1, 1), pause, pause, ("pause", 0.5)],
                 [
                     answer,
@@ -169,6 +176,50 @@ class Script:
         )
         answered = [answer] if r.random() < 0.7 else []
         return [first, *answered, data, *middle, answer, data, answer]
+
+    def collision(self) -> list[Step]:
+        """Several stand-ins for one address, all used from one port."""
+        r = self.random
+        port = r.choice((65535, 65535, 65534, 5000, 1, 0))
+        make = r.choice((udp, tcp))
+        steps = [self.grant(4, client=0, variant=0), *self.named(["10.0.0.1", "2001:db8::5"])]
+        own4, own6 = ADDRESSES[0][0]
+        for proxy4, proxy6 in r.sample(list(zip(PROXIES4, PROXIES6, strict=True)), 3):
+            own, proxy = r.choice(((own4, proxy4), (own4, proxy4), (own6, proxy6)))
+            steps += [("packet", 0, make(own, proxy, port, 443), 0, 0), ("reply", 0, "data", 1, 1)]
+        return [*steps, ("reply", 2, "data", 1, 1), ("reply", 1, "error", 1, 1)]
+
+    def refresh(self) -> list[Step]:
+        """A name that comes to mean something else while it is in use."""
+        r = self.random
+        own4, own6 = ADDRESSES[0][0]
+        own, proxy = r.choice(((own4, PROXIES4[0]), (own6, PROXIES6[0])))
+        return [
+            self.grant(4, client=0, variant=0),
+            *self.named(r.choice(REALS[:4])),
+            ("packet", 0, udp(own, proxy, r.choice(PORTS), 443), 0, 0),
+            ("reply", 0, "data", 1, 1),
+            *self.named(r.choice(REALS)),
+        ]
+
+    def both_ways(self) -> list[Step]:
+        """One host by its address and by a name, from one port."""
+        r = self.random
+        own, proxy, real = r.choice(
+            ((ADDRESSES[0][0][0], PROXIES4[0], "10.0.0.5"), (ADDRESSES[0][0][1], PROXIES6[0], "2001:db8::5"))
+        )
+        make = r.choice(
+            (lambda to: udp(own, to, 5000, 443), lambda to: tcp(own, to, 5000, 443), lambda to: echo(own, to, 5000))
+        )
+        direct: list[Step] = [("packet", 0, make(real), 0, 0), ("reply", 0, "data", 1, 2)]
+        named = [self.grant(4, client=0, variant=0), *self.named(REALS[2])]
+        opening = [*direct, *named] if r.random() < 0.5 else [*named, *direct]
+        return [*opening, ("packet", 0, make(proxy), 0, 0), ("reply", 1, "data", 1, 1), ("reply", 0, "data", 1, 1)]
+
+    def named(self, addresses: list[str] | None) -> list[Step]:
+        """The first client's stand-ins for one name, and what it resolves to."""
+        event = {"resource": resource_id(4), "domain": DOMAINS[0], "proxy_ips": [*PROXIES4, *PROXIES6]}
+        return [("packet", 0, control(0, json.dumps(event).encode()), 0, 0), ("answer", 0, addresses)]
 
     def step(self) -> Step:
         makers: list[tuple[int, Callable[[], Step]]] = [

@@ -328,6 +328,17 @@ def test_numbering_anew_keeps_routes_of_other_resources_right(world):
     assert world.refusal(udp(A4, P1, 1, 2)) == PROHIBITED4
 
 
+@pytest.mark.parametrize("become", [lambda w: w.internet(number=4), lambda w: w.cidr("192.168.0.0/16", number=4)])
+def test_numbering_anew_survives_a_resource_that_was_of_names_and_is_of_another_kind_now(world, become):
+    world.dns("**.lab.example", number=4)
+    world.assign("a.lab.example", [P1, P2], ["10.0.0.2"], number=4)
+    world.tunnel.reject(A, resource_id(4), world.now)
+    become(world)
+    assert world.assign("a.corp.example", [P1], ["10.0.0.1"]) == "Active"
+    assert addresses(world.translated(udp(A4, P1, 1, 2)))[1] == "10.0.0.1"
+    assert world.refusal(udp(A4, P2, 1, 2)) == PROHIBITED4
+
+
 def test_a_proxy_that_comes_back_for_a_name_outside_of_the_pattern_leads_nowhere(world):
     world.assign("a.corp.example", [P1, P2], ["10.0.0.1"])
     assert world.ask("a.other.example", [P1]) is None
