@@ -112,7 +112,7 @@ def _token(argument: str | None, environment: Mapping[str, str]) -> tuple[str, s
         source = "the argument"
     elif variable is not None:
         source = "the variable FIREZONE_TOKEN"
-    elif credential is not None and credential.exists():
+    elif credential is not None and os.access(credential, os.F_OK):
         source = "the systemd credential FIREZONE_TOKEN"
     else:
         return "", ""

@@ -12,7 +12,6 @@ import re
 import shutil
 import socket
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -163,7 +162,7 @@ def observe(interface: str, udp_port: int, health_port: int) -> HostFacts:
         tunnel_addresses=tuple(_tunnel_addresses(interface)),
         ways=_ways(),
         default_interfaces=defaults,
-        has_ipv6=Path("/proc/net/if_inet6").exists(),
+        has_ipv6=_exists("/proc/net/if_inet6"),
         sysctls=values,
         fixed_sysctls=frozenset(name for name in values if not sysctl.is_writable(name)),
         firewall=_survey(interface),
@@ -194,9 +193,9 @@ def _status(name: str) -> str:
 def _container() -> str:
     with contextlib.suppress(OSError):
         return Path("/run/systemd/container").read_text(encoding="utf-8", errors="replace").strip()
-    if Path("/.dockerenv").exists():
+    if _exists("/.dockerenv"):
         return "docker"
-    if Path("/run/.containerenv").exists():
+    if _exists("/run/.containerenv"):
         return "podman"
     with contextlib.suppress(OSError):
         found = re.search(rb"(?:^|\0)container=([a-z-]+)", Path("/proc/1/environ").read_bytes())
@@ -215,7 +214,7 @@ def _tun_node() -> TunNode:
     try:
         os.close(os.open(NODE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
     except OSError as error:
-        parent = NODE.parent if NODE.parent.exists() else NODE.parent.parent
+        parent = NODE.parent if _exists(NODE.parent) else NODE.parent.parent
         mknod = bool(capabilities.effective_capabilities() >> capabilities.CAP_MKNOD & 1)
         can_make = error.errno == errno.ENOENT and driver and mknod and os.access(parent, os.W_OK)
         return TunNode(error.errno or errno.EIO, driver, can_make)
@@ -286,7 +285,7 @@ def _survey(interface: str) -> Survey | Unreadable:
 def _firewall_tools() -> list[str]:
     """Programs of this host that rewrite its rules, as they are known to people."""
     signs = {"Docker": "/run/docker.pid", "firewalld": "/run/firewalld", "ufw": "/etc/ufw/ufw.conf"}
-    return [name for name, sign in signs.items() if Path(sign).exists()]
+    return [name for name, sign in signs.items() if _exists(sign)]
 
 
 def _overlaps(interface: str) -> list[str]:
@@ -308,12 +307,24 @@ def _flags(path: str, flag: int) -> bool:
 def _temporary() -> Path:
     """Where the one-file form unpacks itself: beside what is unpacked now, else where it would be."""
     unpacked = getattr(sys, "_MEIPASS", None)
-    return Path(unpacked).parent if unpacked else Path(tempfile.gettempdir())
+    if unpacked:
+        return Path(unpacked).parent
+    named = (os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP"))
+    return Path(next(filter(None, named), "/tmp"))  # noqa: S108 - only looked at
+
+
+def _exists(path: str | Path) -> bool:
+    """False also where this user may not look."""
+    try:
+        Path(path).stat()
+    except OSError:
+        return False
+    return True
 
 
 def _disk(wanted: Path) -> Disk:
     path = wanted
-    while not path.exists() and path != path.parent:
+    while not _exists(path) and path != path.parent:
         path = path.parent
     about = os.statvfs(path)
     return Disk(

@@ -15,7 +15,6 @@ import os
 import socket
 import stat
 import struct
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -75,7 +74,10 @@ def places(environment: Mapping[str, str]) -> list[Path]:
 
 def private_directories(uid: int) -> list[Path]:
     """Directories that only this user may have made, for hosts where nothing else is writable."""
-    return [Path(base) / f"firezone-gateway-{uid}" for base in dict.fromkeys(("/tmp", tempfile.gettempdir()))]  # noqa: S108 - the directory is checked
+    named = (os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP"))
+    bases = dict.fromkeys(("/tmp", *filter(None, named)))  # noqa: S108 - the directory is checked
+    # Not tempfile's: that writes to find out, and raises where every disk is full.
+    return [Path(base) / f"firezone-gateway-{uid}" for base in bases]
 
 
 class ControlServer:

@@ -38,7 +38,8 @@ def test_ceilings_are_raised_and_never_lowered(namespace, portal, start, tmp_pat
 def test_ceilings_that_may_not_be_raised_are_no_warning(namespace, portal, start, tmp_path):
     (tmp_path / "rmem_max").write_text("212992\n")
     namespace.bind("/proc/sys/net/core/rmem_max", tmp_path / "rmem_max")
-    read_only = ("sh", "-ec", 'mount -o remount,bind,ro /proc/sys/net/core/rmem_max; exec "$@"', "sh")
+    script = 'mount -o remount,bind,ro /proc/sys/net/core/rmem_max; exec "$@"'
+    read_only = ("unshare", "--mount", "--propagation", "private", "sh", "-ec", script, "sh")
     gateway = start(portal=portal, prefix=read_only)
     gateway.wait_ready()
     assert "net.core.rmem_max stays at 212992 bytes" in gateway.output

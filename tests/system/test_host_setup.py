@@ -20,6 +20,7 @@ PARAMETERS = (
 )  # fmt: skip
 FRESH = ["0", "0", "0", "0", "0", "1", "0"]
 SET_UP = ["1", "1", "0", "1", "1", "2", "1"]
+OWN_MOUNTS = ("unshare", "--mount", "--propagation", "private")
 NOBODY = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups")
 
 
@@ -163,14 +164,16 @@ def test_ipv6_that_is_switched_off_stays_off_unless_masquerading_is_required(hos
 
 
 def test_a_read_only_proc_is_one_line(host):
-    status, _, err = host.run(prefix=("sh", "-ec", 'mount -o bind,ro /proc/sys /proc/sys; exec "$@"', "sh"))
+    status, _, err = host.run(
+        prefix=(*OWN_MOUNTS, "sh", "-ec", 'mount -o bind,ro /proc/sys /proc/sys; exec "$@"', "sh")
+    )
     assert status == 1
     assert err.count("\n") == 1
     assert "could not be set (Read-only file system); in a container this is for the host to do" in err
 
 
 def test_an_etc_that_cannot_be_written_is_one_line(host):
-    status, _, err = host.run(prefix=("sh", "-ec", 'mount -o remount,bind,ro /etc; exec "$@"', "sh"))
+    status, _, err = host.run(prefix=(*OWN_MOUNTS, "sh", "-ec", 'mount -o remount,bind,ro /etc; exec "$@"', "sh"))
     assert status == 1
     assert err.count("\n") == 1
     assert "Read-only file system" in err

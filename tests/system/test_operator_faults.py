@@ -19,6 +19,7 @@ from tests.lab.scripted_portal import Refusal, ScriptedPortal
 
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.needs("namespaces", "tun", "ip", "nft")]
 
+OWN_MOUNTS = ("unshare", "--mount", "--propagation", "private")
 PROBLEM = {"content-type": "application/problem+json"}
 DUPLICATE = Refusal(409, '{"code":"gateway_already_connected","detail":"Another connection is active"}', PROBLEM)
 RELAY = {
@@ -374,7 +375,7 @@ def test_the_ports_are_taken(namespace, portal, start):
 
 def test_the_disk_is_full(namespace, portal, start, tmp_path):
     script = "mount -t tmpfs -o size=64k none /var/lib; cat /dev/zero > /var/lib/fill 2> /dev/null || true; "
-    full = ("sh", "-ec", script + 'exec "$@"', "sh")
+    full = (*OWN_MOUNTS, "sh", "-ec", script + 'exec "$@"', "sh")
     namespace.file("/etc/machine-id", "uninitialized\n")
     found = doctor(namespace, portal=portal, prefix=full, FIREZONE_ID=None)
     assert found.failed() == {"state-directory"}
@@ -392,6 +393,20 @@ def test_the_disk_is_full(namespace, portal, start, tmp_path):
     with_id.wait_ready()
     found = doctor(namespace, portal=portal, prefix=full, control=control_of(with_id))
     assert (found.status, found["state-directory"].state) == (0, "warn")
+
+
+def test_every_disk_is_full(namespace, portal, start):
+    fill = "for place in /var/lib /tmp /var/tmp /run; do mount -t tmpfs -o size=16k none $place; "
+    fill += "cat /dev/zero > $place/fill 2> /dev/null || true; done; cd /proc; "
+    full = (*OWN_MOUNTS, "sh", "-ec", fill + 'exec "$@"', "sh")
+    found = doctor(namespace, portal=portal, prefix=full, FIREZONE_CONTROL_SOCKET=None)
+    assert found.status == 0
+    assert found["state-directory"].state == "warn"
+    assert "nearly full" in found["temporary-directory"].seen
+    gateway = start(portal=portal, command=(*full, *SOURCE), FIREZONE_CONTROL_SOCKET=None)
+    gateway.wait_ready()
+    assert gateway.terminate() == 0
+    assert gateway.levels() == {"INFO"}
 
 
 def test_a_healthy_host_has_nothing_to_complain_about(namespace, wan, portal, start):

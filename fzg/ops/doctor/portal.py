@@ -90,7 +90,8 @@ def login(seen: Seen) -> Check:
     if live is None:
         if seen.live_problem:
             return Check(name, State.UNKNOWN, seen.live_problem, "ask as root")
-        return Check(name, State.UNKNOWN, "whether the portal takes the token shows when the gateway starts")
+        what = "whether the portal takes token and identity shows when the gateway starts"
+        return Check(name, State.UNKNOWN, what, "the log of its last start says: journalctl -u firezone-gateway -n 20")
     if live.portal_connected:
         clients = "1 client" if live.clients == 1 else f"{live.clients} clients"
         return Check(name, State.OK, f"the gateway is connected to the portal and serves {clients}")

@@ -106,7 +106,8 @@ def tun_device(seen: Seen) -> Check:
     if host.tun.error in (errno.EACCES, errno.EPERM):
         if seen.running:
             return Check(name, State.UNKNOWN, f"uid {host.uid} may not open {node}; the gateway that runs has it open")
-        advice = _container_remedy(host, "NET_ADMIN") if host.container else f"sudo chmod 0666 {node}"
+        # A device cgroup refuses with EPERM, the node's mode with EACCES.
+        advice = _node_remedy(host) if host.tun.error == errno.EPERM else f"sudo chmod 0666 {node}"
         return Check(name, State.FAIL, f"{node} may not be opened by uid {host.uid}", advice)
     return Check(name, State.FAIL, f"{node} cannot be opened: {os.strerror(host.tun.error)}", _node_remedy(host))
 
