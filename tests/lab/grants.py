@@ -168,8 +168,8 @@ class Storm:
         self.pairs: dict[Pair, tuple[Device, Resource]] = {}
         """Every pair that was ever authorized."""
         self.refs = 0
+        self._said: list[tuple[Device, Resource]] = []
         self._next_resource = first_resource
-        self._list: list[Pair] = []
 
     def authorization(self, device: Device, resource: Resource, expires_at: int) -> Message:
         """`create_authorization`, which the table then holds."""
@@ -186,16 +186,16 @@ class Storm:
         r = self.rng.random()
         lasts = self.rng.choice((2, 4, 8, 16)) if self.rng.random() < 0.25 else FOREVER_S
         expires_at = int(now) + lasts
-        if r < 0.15 and self.pairs:
+        if r < 0.15 and self._said:
             device, resource = self._any_pair()
             return self.authorization(device, resource, expires_at)
         if r < 0.4 and self.devices:
             # Of those that are given each third: they are few, and looked at closely.
             among = self.devices[: self.given] if self.given and self.rng.random() < 0.3 else self.devices
-            return self.authorization(self.rng.choice(among), self.new_resource(), expires_at)
+            return self._anew(self.rng.choice(among), expires_at)
         device = Device.make(len(self.devices) + 0x1000, self.rng)
         self.devices.append(device)
-        return self.authorization(device, self.new_resource(), expires_at)
+        return self._anew(device, expires_at)
 
     def change(self, now: float) -> Message:
         """Something else than an authorization."""
@@ -213,10 +213,10 @@ class Storm:
         self._next_resource += 1
         return Resource(self._next_resource - 1)
 
-    def _any_pair(self) -> tuple[Device, Resource]:
-        return self.pairs[self.rng.choice(self._pair_list())]
+    def _anew(self, device: Device, expires_at: int) -> Message:
+        resource = self.new_resource()
+        self._said.append((device, resource))
+        return self.authorization(device, resource, expires_at)
 
-    def _pair_list(self) -> list[Pair]:
-        if len(self._list) != len(self.pairs):
-            self._list = list(self.pairs)
-        return self._list
+    def _any_pair(self) -> tuple[Device, Resource]:
+        return self.rng.choice(self._said)

@@ -72,7 +72,7 @@ def test_the_budget_left_is_told():
     assert reconnect.handle_failure(retry_after=60.0) == (60.0, 13.0)
 
 
-@pytest.mark.spec("OPS-25")
+@pytest.mark.spec("OPS-25", "PORTAL-31")
 def test_retry_after_replaces_the_delay_and_costs_no_budget():
     reconnect = Reconnect(random=lambda n: NEVER[:n])
     assert [reconnect.handle_failure(60.0).delay for _ in range(100)] == [60.0] * 100
