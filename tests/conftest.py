@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import secrets_watch
 from tests.lab.namespaces import can_make_namespaces
 
 NOT_APPLICABLE = "not applicable:"
@@ -44,6 +45,11 @@ PACKAGES = {
     "systemd-sysusers": "systemd",
     "sysctl": "procps",
 }
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.pluginmanager.is_registered(secrets_watch):
+        config.pluginmanager.register(secrets_watch)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -24,6 +24,7 @@ from typing import NamedTuple, Self
 from tests.lab.portal_client import TOKEN, PortalProcess
 from tests.lab.process import lab_environment
 from tests.lab.relay_client import RelayProcess
+from tests.lab.secrets import WATCH
 
 GATEWAY_RELAY, CLIENT_RELAY = "127.0.0.2", "127.0.0.3"
 CLIENT4, CLIENT6 = "127.0.0.4", "::1"
@@ -147,6 +148,7 @@ class GatewayProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             status = self._process.wait()
+        WATCH.hear_log("the gateway", self._log)
         self.tun.close()
         return status
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from tests.lab.control import Control
 from tests.lab.process import Process, lab_command, lab_environment
+from tests.lab.secrets import WATCH
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -159,6 +160,7 @@ class PortalProcess(PortalControl):
     def close(self) -> None:
         """End the process and remove its files, if they were made here."""
         self.process.stop()
+        WATCH.add_ledger(self.directory / "ledger.jsonl")
         if self._own:
             shutil.rmtree(self.directory, ignore_errors=True)
 

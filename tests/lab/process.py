@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -12,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tests.lab.secrets import WATCH
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -144,13 +147,14 @@ class Process:
             return None
         if popen.poll() is None and timeout > 0:
             popen.send_signal(signal_number)
-            try:
-                return popen.wait(timeout)
-            except subprocess.TimeoutExpired:
-                pass
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                popen.wait(timeout)
         if popen.poll() is None:
             popen.kill()
-        return popen.wait()
+        status = popen.wait()
+        if self.name.startswith("gateway"):
+            WATCH.hear_log(self.name, self.log)
+        return status
 
     def kill(self) -> None:
         """End it without notice, as a crash would."""

@@ -22,6 +22,8 @@ from websockets.frames import Frame, Opcode
 from websockets.http11 import Request, Response
 from websockets.server import ServerProtocol
 
+from tests.lab.secrets import WATCH
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -153,6 +155,7 @@ class Connection:
 
     def push(self, event: str, payload: Any, **envelope: Any) -> None:
         """Any push, as the portal would frame it."""
+        WATCH.add_message(payload)
         self.text(json.dumps({"topic": "gateway", "event": event, "ref": None, "payload": payload} | envelope))
 
     def reply(self, ref: Any, status: str, response: Any, topic: str = "gateway") -> None:
@@ -235,6 +238,7 @@ class Connection:
     def _handle_request(self, request: Request) -> None:
         self.request = request
         self.portal.requests.append(request)
+        WATCH.add_request(request.path, request.headers.raw_items())
         self.portal.request_times.append(time.monotonic())
         refusal = self.portal.refusal_for(request.path)
         if refusal is None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tests.lab.process import Process, lab_environment
 from tests.lab.scripted_portal import ScriptedPortal, wait_until
+from tests.lab.secrets import WATCH
 
 TOKEN = ".SFMyNTY.c2VjcmV0.c2lnbmF0dXJl"
 HUMAN = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z (TRACE|DEBUG| INFO| WARN|ERROR) [\w:]+: ")
@@ -70,6 +71,7 @@ class Gateway:
         if not prefix:  # another user could not write there
             variables["FIREZONE_CONTROL_SOCKET"] = str(namespace_files(namespace) / "control.sock")
         variables |= environment
+        WATCH.add(variables["FIREZONE_TOKEN"] or "", "token")
         unset = [part for name, value in variables.items() if value is None for part in ("-u", name)]
         handle, path = tempfile.mkstemp(prefix="gateway-", suffix=".log", dir=namespace_files(namespace))
         os.close(handle)
