@@ -88,7 +88,10 @@ def test_a_host_that_forbids_udp_gets_one_hint(namespace, portal, start):
     gateway = start(portal=portal)
     hint = gateway.says(r"The host refuses to send UDP \(permission denied\): check the local firewall .*refused=(\d+)")
     assert int(hint[1]) >= 3
-    times = lambda text: gateway.output.count(text)
+
+    def times(text):
+        return gateway.output.count(text)
+
     portal.connection(0).push("relays_presence", {"disconnected_ids": [], "connected": [RELAY | {"password": "other"}]})
     hub_wait_until(lambda: times("TURN server added") == 2, "the relay is tried again")
     assert gateway.terminate() == 0

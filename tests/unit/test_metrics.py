@@ -7,6 +7,7 @@ import math
 import re
 import socket
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -262,3 +263,11 @@ def test_a_kernel_that_does_not_tell_of_its_memory_costs_those_figures_only(scra
         raise OSError(92, "Protocol not available")
 
     assert buffers_of(SimpleNamespace(getsockopt=refuse, family=socket.AF_INET)) is None
+
+
+def test_each_metric_is_on_the_page_about_monitoring(scraped):
+    page = (Path(__file__).parents[2] / "docs" / "monitoring.md").read_text()
+    for name in scraped.families:
+        if not name.startswith("process_"):
+            short = name.removeprefix("firezone_gateway").removeprefix("connlib_network")
+            assert re.search(rf"{short}(_total)?`", page), name
