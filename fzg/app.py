@@ -121,7 +121,7 @@ class App:
         if self._stop.ready():
             return "the gateway is shutting down"
         if self._draining is not None and self._draining.is_under_way:
-            return f"the gateway is being drained, {self._draining.remaining} clients are left"
+            return f"the gateway is being drained, clients left: {self._draining.remaining}"
         if not self._joined_once:
             return "the portal has not been joined yet"
         if not self._tun_configured:

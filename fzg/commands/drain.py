@@ -33,14 +33,14 @@ def command(*, timeout: float, as_json: bool) -> None:
         if told is None:
             told = answer["clients"]
         if not as_json and answer["clients"] != left and not answer.get("done"):
-            click.echo(f"{answer['clients']} clients are left", err=True)
+            click.echo(f"clients left: {answer['clients']}", err=True)
         left = answer["clients"]
     if told is None or left is None:
         raise RefusedError("the gateway hung up without an answer; is it shutting down?")
     if as_json:
         click.echo(json.dumps({"clients": told, "left": left}))
     elif left:
-        click.echo(f"The gateway ends; {left} of {told} clients did not go in time and were cut off")
+        click.echo(f"The gateway ends; clients that did not go in time and were cut off: {left} of {told}")
     else:
-        click.echo(f"The gateway ends; {told} clients were sent away")
+        click.echo(f"The gateway ends; clients sent away: {told}")
     sys.exit(0)

@@ -158,7 +158,7 @@ def _clients(clients: Sequence[Mapping[str, Any]]) -> RenderableType:
         path = each["path"] or "-"
         age = f" {duration(each['age'])}" if each["age"] is not None else ""
         table.add_row(
-            f"{_short(each['id'])}\n{each['resources']} resources",
+            f"{_short(each['id'])}\nresources {each['resources']}",
             f"{each['state']}{age}\nhandshake {duration(each['handshake_age'])}",
             (f"[yellow]{path}[/]" if each.get("relayed") else path) + f"\n{each.get('remote', '')}",
             f"{amount(each['received']['bytes'])}\n{each['received']['packets']:,} packets",

@@ -190,6 +190,7 @@ def test_a_capture_goes_to_standard_output_and_ends_with_its_time(lab, tmp_path)
     assert "the time was over" in done.stderr
 
 
+@pytest.mark.spec("OPS-40")
 @pytest.mark.parametrize(("kind", "way"), [("direct", "command"), ("relayed", "signal")])
 def test_drain_sends_the_client_away_at_once_and_ends_with_status_0(kind, way):
     with Lab(kind) as lab:
@@ -200,6 +201,13 @@ def test_drain_sends_the_client_away_at_once_and_ends_with_status_0(kind, way):
             assert json.loads(done.stdout) == {"clients": 1, "left": 0}
         else:
             process.send_signal(signal.SIGUSR1)
+            curl = ("curl", "-s", "-w", "%{http_code}", "http://127.0.0.1:8080/readyz")
+            said = wait_until(
+                lambda: "drained" in (text := lab.gateway.run(*curl, check=False).stdout) and text,
+                timeout=5,
+                what="/readyz names the drain",
+            )
+            assert said == "the gateway is being drained, clients left: 1\n503"
         assert process.wait(10) == 0
         log = process.log_text()
         assert lab.client.paths() == []

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import gevent
+
+from fzg.ops.drain import Drain
 from fzg.portal import messages
 from tests.unit.gateway_world import CLIENT_ID, close_worlds, udp, world  # noqa: F401
 
@@ -84,3 +89,60 @@ def test_a_client_without_a_path_is_forgotten_at_once():
     w.net.run(0.2)
     assert w.gateway.core.client_ids == [CLIENT_ID]
     assert drain(w) == 0
+
+
+# -- the process's side
+
+
+class Steps:
+    """A gateway whose clients go when told, and a portal, which note what is asked of them."""
+
+    def __init__(self, clients):
+        self.log = []
+        self.left = clients
+        self.going = True
+
+    def make(self):
+        gateway = SimpleNamespace(
+            drain=self.drain, handle_portal_disconnected=lambda now: self.log.append("held"), client_ids=self.left
+        )
+        portal = SimpleNamespace(close=lambda wait: self.log.append("portal left"))
+        return Drain(
+            gateway, portal, settle=lambda: self.log.append("sent"), finished=lambda: self.log.append("finished")
+        )
+
+    def drain(self, now):
+        self.log.append("goodbyes")
+        if self.going:
+            self.left.clear()
+        return len(self.left)
+
+
+def test_the_portal_is_left_before_the_first_goodbye_and_the_end_comes_last():
+    steps = Steps(["a", "b"])
+    drain = steps.make()
+    assert not drain.is_under_way
+    assert drain.start(10.0)
+    assert drain.is_under_way
+    assert drain.done.wait(5)
+    assert steps.log == ["portal left", "held", "goodbyes", "sent"]
+    gevent.sleep(0.3)
+    assert steps.log[-1] == "finished"
+
+
+def test_clients_that_do_not_go_hold_nobody_up_longer_than_the_timeout():
+    steps = Steps(["a"])
+    steps.going = False
+    drain = steps.make()
+    drain.start(0.05)
+    assert drain.done.wait(2)
+    assert drain.remaining == 1
+
+
+def test_a_second_start_changes_nothing():
+    steps = Steps([])
+    drain = steps.make()
+    assert drain.start(10.0)
+    assert not drain.start(0.0)
+    assert drain.done.wait(2)
+    assert steps.log.count("portal left") == 1
