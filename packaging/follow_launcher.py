@@ -27,16 +27,23 @@ _MARK = ".firezone-gateway.json"
 _UNPACKING_S = 30.0
 
 
+def _launcher_of(folder: Path) -> int | None:
+    name = _NAME.fullmatch(folder.name)
+    return int(name[1], 16) if name else None
+
+
+_LAUNCHER = _launcher_of(_MINE)
+
+
 def _follow() -> None:
-    launcher = int(_NAME.fullmatch(_MINE.name)[1], 16)
-    atexit.register(_clean_up, launcher)
+    atexit.register(_clean_up)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != launcher:  # it ended before that
+    if os.getppid() != _LAUNCHER:  # it ended before that
         sys.exit(1)
 
 
-def _clean_up(launcher: int) -> None:
-    if os.getppid() != launcher:
+def _clean_up() -> None:
+    if os.getppid() != _LAUNCHER:
         shutil.rmtree(_MINE, ignore_errors=True)
 
 
@@ -51,10 +58,13 @@ def _sweep() -> None:
 
 def _is_abandoned(folder: Path) -> bool:
     """Whether a gateway unpacked it, as this user and some time ago, and neither of its processes lives."""
-    name, found = _NAME.fullmatch(folder.name), folder.lstat()
-    if name is None or found.st_uid != os.geteuid() or folder.is_symlink():
+    launcher, found = _launcher_of(folder), folder.lstat()
+    if launcher is None or found.st_uid != os.geteuid() or folder.is_symlink():
         return False
-    if time.time() - found.st_mtime < _UNPACKING_S or Path(f"/proc/{int(name[1], 16)}").exists():
+    # In a container that starts again, every launcher has the same id; ours unpacked our folder.
+    if launcher != _LAUNCHER and Path(f"/proc/{launcher}").exists():
+        return False
+    if time.time() - found.st_mtime < _UNPACKING_S:
         return False
     with (folder / _MARK).open("rb") as mark:
         fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
