@@ -48,6 +48,7 @@ mount -t tmpfs -o mode=1777,noexec tmpfs tmp
 pivot_root . old-root
 umount -l /old-root
 rmdir /old-root
+mount --make-rshared /  # systemd leaves that to whoever makes a container; credentials come by propagation
 exec env -i container=test PATH=$PATH $init
 ' sh "$lower" "$work" "$init" "$4"
 """
@@ -56,7 +57,7 @@ exec env -i container=test PATH=$PATH $init
 class Machine:
     """Runs until closed. `files` is its root directory as seen from here; /tmp is mounted noexec, /run is empty."""
 
-    def __init__(self, directory: Path, *, lower: Path, init: str, prefix=(), boots: bool = False):
+    def __init__(self, directory: Path, *, lower: Path | str, init: str, prefix=(), boots: bool = False):
         self.directory = directory
         self._stack = contextlib.ExitStack()
         directory.mkdir(parents=True, exist_ok=True)
