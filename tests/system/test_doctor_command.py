@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from doctor_process import control_of, doctor
 from gateway_process import SOURCE, TOKEN, inside
-from test_frozen import open_node, shared_directory  # noqa: F401 - pytest finds them by name
+from test_frozen import capable, open_node, shared_directory  # noqa: F401 - pytest finds them by name
 from test_host_network import DOCKER, FIREWALLD
 from test_portal_dialling import tls_server
 
@@ -33,11 +33,11 @@ NAMES = [
 ]  # fmt: skip
 
 
-def run(namespace, *arguments, prefix=(), **environment):
+def run(namespace, *arguments, prefix=(), command=SOURCE, **environment):
     """A run that needs nobody in this process: status, standard output, standard error."""
     variables = {"PATH": os.environ["PATH"], "FIREZONE_CONTROL_SOCKET": "", **lab_environment(), **environment}
     done = subprocess.run(
-        [*namespace.prefix(), *prefix, *SOURCE, *arguments],
+        [*namespace.prefix(), *prefix, *command, *arguments],
         env=variables, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert "Traceback" not in done.stdout + done.stderr
@@ -116,6 +116,19 @@ def test_an_ordinary_user_beside_a_running_gateway_sees_nothing_fail(namespace, 
     assert found["portal-login"].state == "unknown"
     assert "ask as root" in found["portal-login"].seen + found["portal-login"].remedy
     assert found["privilege"].state == found["tun-interface"].state == "unknown"
+
+
+@pytest.mark.needs("setpriv", "setcap", "objdump", "strip")
+@pytest.mark.usefixtures("open_node")
+def test_the_shipped_file_with_its_capability_examines_the_host_for_an_ordinary_user(namespace, portal, capable):  # noqa: F811
+    namespace.nft(DOCKER)
+    found = doctor(namespace, portal=portal, prefix=NOBODY, command=(capable,))
+    assert found.failed() == {"ipv4"}
+    assert found["privilege"].seen == "uid 65534 with CAP_NET_ADMIN"
+    assert "ip filter FORWARD" in found["firewall-forward"].seen
+    status, out, err = run(namespace, "host-setup", prefix=NOBODY, command=(capable,))
+    assert (status, out) == (1, "")
+    assert err.startswith(f"firezone-gateway: this needs root: sudo {capable} host-setup ")
 
 
 # What it leaves

@@ -191,7 +191,7 @@ def identity(seen: Seen) -> Check:
     derived = f"{shown} derived from {MACHINE_ID}"
     if host.container:
         what = f"{derived}, which all containers of one image share"
-        return Check(name, State.WARN, what, "set FIREZONE_ID to a value of this gateway's own")
+        return Check(name, State.WARN, what, remedy.IDENTITY)
     if host.machine_id_age is not None and host.machine_id_age > _CLONED_AFTER:
         what = (
             f"{derived}, which is {host.machine_id_age / 86_400:.0f} days older than the host's SSH keys, as in a clone"
