@@ -117,3 +117,20 @@ def test_a_manager_that_cannot_be_told_costs_one_line(namespace, portal, start):
     assert gateway.terminate() == 0
     assert gateway.output.count(line) == 1
     assert gateway.levels() == {"INFO"}
+
+
+@pytest.mark.long
+def test_in_the_one_file_form_the_child_speaks_and_the_launcher_s_watchdog_is_heeded(manager, portal, start, frozen):
+    gateway = start(
+        portal=portal,
+        command=(str(frozen),),
+        prefix=("sh", "-c", 'WATCHDOG_PID=$$ exec "$@"', "sh"),  # as systemd sets it: the process that it started
+        NOTIFY_SOCKET=manager.address,
+        WATCHDOG_USEC="3000000",
+        FIREZONE_METRICS="prometheus",
+    )
+    manager.hears("READY=1")
+    manager.hears("WATCHDOG=1")
+    assert "firezone_gateway_ready 1.0" in gateway.http("/metrics")[1]
+    assert gateway.terminate() == 0
+    manager.hears("STOPPING=1")
