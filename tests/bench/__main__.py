@@ -28,6 +28,8 @@ from tests.lab.scenario import available
 from tests.unit.dataplane_world import ENGINES
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.status import Status
 
     from tests.bench.measurements import Measurement
@@ -36,6 +38,7 @@ RUNS = 5  # that count; one more comes before them and is dropped
 CONNECTIONS = 20  # of each kind, spread over the runs
 DIRECTIONS = ("up", "down")
 _PATHS = {WIREGUARD_GO: "direct", ROUTING: ""}
+APART = ("connect_times", "nat_matrix", "scale")  # programs of their own, after the figures
 CROWD = 100  # other clients that are connected all the time
 _DIRECTED = (
     *(
@@ -70,13 +73,19 @@ LEAST_OF_ROUTING = 0.05
 
 
 @click.command(help=__doc__)
-@click.option("--only", default="", help="Figures to measure, e.g. tcp1,connect_ms,*.relayed.* (default: all).")
+@click.option(
+    "--only", default="", help="Figures to measure, e.g. tcp1,*.relayed.*, or connect_times, nat_matrix, scale."
+)
 @click.option("--runs", default=RUNS, show_default=True, type=click.IntRange(1), help="How many runs count.")
 @click.option("--output", default="build/bench.json", show_default=True, type=click.Path(path_type=Path))
 @click.option(
     "--document", type=click.Path(path_type=Path, exists=True), help="Also renew performance.md and .svg there."
 )
 def main(only: str, runs: int, output: Path, document: Path | None) -> None:
+    names = [each for each in only.split(",") if each]
+    apart = [each for each in names if each in APART]
+    if names == apart != []:
+        sys.exit(_run_apart(apart))
     if not can_make_namespaces():
         command = user_namespace_command(sys.executable, "-m", "tests.bench", *sys.argv[1:])
         os.execvp(command[0], command)
@@ -86,7 +95,7 @@ def main(only: str, runs: int, output: Path, document: Path | None) -> None:
     # A terminated bench must clean up as an interrupted one does.
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     console = Console(stderr=True, highlight=False)
-    figures = Figures([each for each in only.split(",") if each])
+    figures = Figures([each for each in names if each not in apart])
     about = machine() | {"client_engine": CLIENT_ENGINE}
     try:
         failures = _measure(figures, about, runs, console)
@@ -112,8 +121,14 @@ def main(only: str, runs: int, output: Path, document: Path | None) -> None:
     print(f"client with the {CLIENT_ENGINE} engine, wireguard-go {about.get('wireguard_go', 'not measured')}")
     print(f"also in {output} and {picture}; {about['seconds']:.0f} s, {runs} runs after one that was dropped")
     _check_yardstick(figures)
-    if failures:
+    if _run_apart(apart) or failures:
         sys.exit(1)
+
+
+def _run_apart(names: Sequence[str]) -> int:
+    """Run these programs one after the other; 1 if any failed."""
+    codes = [subprocess.run([sys.executable, "-m", f"tests.bench.{name}"], check=False).returncode for name in names]
+    return int(any(codes))
 
 
 def _measure(figures: Figures, about: dict[str, Any], runs: int, console: Console) -> list[str]:
@@ -188,8 +203,8 @@ def _plan(sites: list[Site], runs: int) -> list[Measurement]:
     for direction in DIRECTIONS:
         plan += [measurements.tcp(*one, streams=1, direction=direction) for one in each]
     for direction in DIRECTIONS:
-        plan += [measurements.tcp(*one, streams=4, direction=direction) for one in tunnels]
-    plan += [measurements.tcp_both(*one) for one in tunnels]
+        plan += [measurements.tcp(*one, streams=4, direction=direction) for one in tunnels if one in direct]
+    plan += [measurements.tcp_both(*one) for one in tunnels if one in direct]
     for direction in DIRECTIONS:
         plan += [measurements.under_load(*one, direction=direction) for one in with_neighbour]
     plan += [measurements.under_refusals(*one) for one in with_neighbour if one[1].name == "gateway"]

@@ -23,6 +23,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from tests.bench import datagrams
 from tests.lab.ping import request as echo_request
 from tests.lab.process import lab_environment
 
@@ -91,6 +92,29 @@ class Outpost:
     def begin_flood(self, host: str, *, source: str, per_second: int, seconds: float) -> None:
         """Send small datagrams from `source`, which need not be one of this host's; `answer` has how many."""
         self._begin("flood", host=host, source=source, per_second=per_second, seconds=seconds)
+
+    def datagrams_to(self, other: Outpost, host: str, port: int, *, size: int, mbit: float, seconds: float, back: bool,
+                     trains: bool) -> tuple[float, float]:  # fmt: skip
+        """Mbit/s that arrive at `other`, or `back` from there to here, and the per cent of datagrams that do not.
+
+        One that comes later than 50 ms after the last was sent stood in a queue that grew, and is lost.
+        """
+        other._ask("datagrams", do="bind", host=host, port=port)
+        other._begin("datagrams", do="accept")
+        try:
+            self._ask("datagrams", do="connect", host=host, port=port)
+        finally:
+            other.answer()
+        sender, receiver = (other, self) if back else (self, other)
+        receiver._begin("datagrams", do="receive")
+        try:
+            sent, began, ended = sender._ask(
+                "datagrams", do="send", size=size, mbit=mbit, seconds=seconds, trains=trains
+            )
+        finally:
+            moments = receiver.answer()
+        received = datagrams.in_time(moments, ended + _UDP_GRACE_S)
+        return received * size * 8e-6 / (ended - began), 100 * (1 - received / sent)
 
     def udp_buffer_errors(self) -> int:
         """Datagrams lost for want of room in socket buffers here so far, as `nstat` counts them."""
@@ -236,6 +260,8 @@ def _op_answers(interface: str, seconds: float) -> dict[str, list[float]]:
     return took
 
 
+_DATAGRAMS = (datagrams.bind, datagrams.accept, datagrams.connect, datagrams.send, datagrams.receive)
+_UDP_GRACE_S = 0.05
 _listeners: list[socket.socket] = []
 
 
@@ -318,6 +344,10 @@ def _op_flood(host: str, source: str, per_second: int, seconds: float) -> int:
                 sock.send(train)
             sent += _FLOOD_TRAIN
     return sent
+
+
+def _op_datagrams(do: str, **arguments: Any) -> Any:
+    return {each.__name__: each for each in _DATAGRAMS}[do](**arguments)
 
 
 def _wait_sent(sock: socket.socket) -> None:

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.bench.datagrams import in_time
 from tests.bench.figures import Figures, unit
 from tests.bench.measurements import _Search
+from tests.bench.steady import steady, whole_seconds
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -70,3 +72,32 @@ def test_the_search_ends_below_the_rate_that_loses_and_near_it(limit: float) -> 
     assert max(found) <= limit
     assert found[-1] >= limit / 1.2
     assert len(asked) <= 20
+
+
+def _samples(*rates: int) -> list[tuple[float, dict[str, int]]]:
+    """One each tenth of a second, for so many packets between two."""
+    totals = [sum(rates[:number]) for number in range(len(rates) + 1)]
+    return [(number / 10, {"udp_rx_packets": total}) for number, total in enumerate(totals)]
+
+
+def test_the_beginning_and_the_end_of_a_load_are_left_out() -> None:
+    samples = _samples(0, 3, 70, 100, 90, 100, 60, 2, 0)
+    assert list(steady(samples)) == samples[3:7]
+
+
+def test_a_load_that_is_never_steady_is_said() -> None:
+    with pytest.raises(RuntimeError, match="no steady load"):
+        steady(_samples(0, 100, 100, 0))
+
+
+def test_full_seconds_are_counted() -> None:
+    samples = _samples(*[100] * 19)
+    assert len(whole_seconds(samples)) == 11
+    with pytest.raises(RuntimeError, match="not enough"):
+        whole_seconds(samples[:10])
+
+
+def test_what_comes_after_its_time_does_not_count() -> None:
+    moments = [(0.0, 0), (1.0, 500), (1.5, 900), (1.6, 950)]
+    assert in_time(moments, 1.55) == 900
+    assert in_time(moments, 2.0) == 950
