@@ -50,7 +50,16 @@ NETWORKS = (
     "10.0.0.0/8", "10.0.0.0/24", "10.0.0.5/32", "192.168.0.0/16", "2001:db8::/32", "2001:db8::5/128", "0.0.0.0/0",
     "100.96.0.0/16", "::/0",
 )  # fmt: skip
-PATTERNS = ("*.example.com", "app.example.com", "**.example.com", "a??.example.com", "db.[a-e]xample.com", "x**.y", "*")
+PATTERNS = (
+    "*.example.com",
+    "app.example.com",
+    "**.example.com",
+    "a??.example.com",
+    "db.[a-e]xample.com",
+    "db.[!f-z]xample.com",
+    "x**.y",
+    "*",
+)
 DOMAINS = (
     "app.example.com", "app.example.com", "db.example.com", "APP.Example.com", "db.example.com.", "example.com",
     "a.b.example.com", "other.test",

@@ -102,6 +102,17 @@ def test_small_steps_forward_count_once_they_are_a_second():
     assert world.lasts(8)
 
 
+@pytest.mark.parametrize("expires_at", [1 << 41, 10**15])
+def test_an_expiry_that_no_clock_can_hold_is_in_a_day(expires_at):
+    world = World()
+    world.portal("create_authorization", policy_world.authorization(CLIENT, *OWN, RESOURCE, expires_at))
+    world.now += 86_399.0
+    assert world.passes()
+    world.now += 1.0
+    world.handle_timeout()
+    assert world.node.goodbyes == [CLIENT]
+
+
 def test_a_clock_set_back_by_a_minute_or_more_is_one_warning_with_a_remedy(caplog):
     caplog.set_level(logging.WARNING)
     world = World()

@@ -127,6 +127,13 @@ def test_families_are_mapped_apart(world):
     assert addresses(world.translated(udp(A6, Q2, 1, 2)))[1] == "2001:db8::1"
 
 
+def test_ipv6_is_mapped_in_order_too(world):
+    proxies = [f"fd00:2021:1111:8000::{n}" for n in ("8", "9", "a", "b")]
+    world.assign("db.corp.example", proxies[::-1], ["2001:db8::7", "2001:db8::3"])
+    reached = [addresses(world.translated(udp(A6, proxy, 1, 2)))[1] for proxy in proxies]
+    assert reached == ["2001:db8::3", "2001:db8::7", "2001:db8::3", "2001:db8::7"]
+
+
 @pytest.mark.spec("TUNNEL-62")
 def test_two_resources_share_the_proxies_of_one_name():
     world = World()

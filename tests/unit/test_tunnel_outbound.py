@@ -127,6 +127,10 @@ def test_a_foreign_source_is_refused_to_the_sender(world):
         assert isinstance(verdict, Reply)
         assert addresses(verdict.packet) == ("10.0.0.5", source)
         assert (verdict.packet[20], verdict.packet[21]) == expected
+    world.cidr("2001:db8::/32", number=8)
+    assert world.passes(udp(A6, "2001:db8::5", 1, 2))
+    for source in ("fd00:2021:1111::9", "2001:db8::1", "::"):
+        assert world.refusal(udp(source, "2001:db8::5", 1, 2)) == PROHIBITED6
 
 
 @pytest.mark.spec("TUNNEL-11")
