@@ -130,7 +130,6 @@ def test_a_resynchronisation_that_changes_nothing_leaves_flows_alone(world):
     assert world.drain() == [Revoked(A)]
 
 
-@pytest.mark.spec("TUNNEL-75")
 def test_earlier_grants_outlive_the_next_one(world):
     world.cidr("10.9.0.0/16", number=9)
     for packet in (TO1, TO2, udp(A4, "10.9.0.1", 1, 2)):

@@ -380,6 +380,7 @@ def test_a_short_control_packet_is_an_ordinary_one(world):
     assert world.refusal(packet) == PROHIBITED6
 
 
+@pytest.mark.spec("TUNNEL-53")
 def test_congestion_experienced_outside_is_carried_inside(world):
     capable = udp(A4, "10.0.0.5", 1, 2, tos=0b10)
     marked = world.out(capable, ecn=3).packet
