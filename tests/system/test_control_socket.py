@@ -28,11 +28,11 @@ def place(gateway) -> Path:
     return Path(gateway.process.environment[VARIABLE])
 
 
-def operator(gateway, *words, prefix=(), text=True, **environment):
+def operator(gateway, *words, prefix=(), command=SOURCE, text=True, **environment):
     """Runs a command in the gateway's namespace; the variable names its socket unless the test says otherwise."""
     variables = lab_environment() | {VARIABLE: str(place(gateway))} | environment
     return subprocess.run(
-        [*gateway.namespace.prefix(), *prefix, *SOURCE, *words],
+        [*gateway.namespace.prefix(), *prefix, *command, *words],
         check=False,
         env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
         | {name: value for name, value in variables.items() if value is not None},

@@ -1,0 +1,78 @@
+"""The operator's commands in the shipped file: it asks and answers, as an ordinary user with a capability."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tarfile
+
+import pytest
+from gateway_process import Gateway
+from test_command_line import AUTHORIZATION, CLIENT, RELAY
+from test_control_socket import operator
+from test_frozen import ORDINARY_USER, capable, open_node, plain, shared_directory  # noqa: F401 - fixtures
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.slow,
+    pytest.mark.needs("namespaces", "tun", "ip", "nft", "setpriv", "setcap", "objdump", "strip"),
+]
+
+COMMANDS = ["status", "drain", "trace", "capture", "bundle", "id"]
+
+
+@pytest.fixture
+def private(tmp_path):
+    """A directory of the ordinary user, for the socket and for files."""
+    directory = tmp_path / "own"
+    directory.mkdir(mode=0o700)
+    os.chown(directory, 65534, 65534)
+    for above in directory.parents:
+        if above != above.parent and not above.stat().st_mode & 0o001:
+            above.chmod(above.stat().st_mode | 0o011)
+    return directory
+
+
+def test_an_ordinary_user_asks_the_gateway_that_it_runs(namespace, portal, open_node, capable, private):  # noqa: F811
+    init = portal.push_after_join[0][1] | {"relays": [RELAY]}
+    portal.push_after_join = [("init", init)]
+    socket = str(private / "control.sock")
+    gateway = Gateway(
+        namespace,
+        portal=portal,
+        command=[capable],
+        prefix=ORDINARY_USER,
+        FIREZONE_CONTROL_SOCKET=socket,
+    )
+
+    def ask(*words, prefix=ORDINARY_USER):
+        return operator(gateway, *words, prefix=[*prefix, "env", "-C", str(private)], command=[capable])
+
+    try:
+        gateway.wait_ready()
+        portal.connection(0).push("create_authorization", AUTHORIZATION)
+        shown = json.loads(ask("status", "--json").stdout)
+        assert shown["uid"] == 65534
+        assert shown["engine"] == "native"
+        assert shown["portal"]["state"] == "connected"
+        assert "Portal" in ask("status").stdout
+        refused = ask("trace", "tcp", "100.66.1.2", "10.0.0.1:1")
+        assert refused.returncode == 1
+        assert refused.stderr.startswith("firezone-gateway: ")
+        assert CLIENT not in ask("capture", "--client", "77").stdout
+        assert ask("bundle", "--output", "x.tar.gz").returncode == 0
+        with tarfile.open(private / "x.tar.gz") as archive:
+            problems = archive.extractfile("firezone-gateway/problems.txt").read()
+        assert problems == b""
+        assert json.loads(ask("status", "--json", prefix=()).stdout)["pid"] == shown["pid"], "root may ask too"
+        assert json.loads(ask("drain", "--json").stdout)["left"] == 0
+        assert gateway.ends() == 0
+    finally:
+        gateway.stop()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_is_in_the_file(frozen, name):
+    done = subprocess.run([frozen, name, "--help"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"Usage: firezone-gateway {name}")
