@@ -25,6 +25,7 @@ PROGRAM = "/opt/firezone/bin/firezone-gateway"
 RELEASED = b"\177ELF the program"
 HASHES = {"x86_64": hashlib.sha256(RELEASED).hexdigest(), "aarch64": "a" * 64, "armv7": "7" * 64}
 
+PATH = "/stand-ins:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # As systemd 252 says it; what it was asked for is noted.
 SYSTEMCTL = """#!/bin/sh
 echo "$*" >>/called
@@ -62,7 +63,7 @@ def script(tmp_path_factory):
 @pytest.fixture
 def host(tmp_path, script):
     with scratch_host(tmp_path) as machine:
-        machine.path("/root/install.sh").write_text(script)
+        machine.path("/install.sh").write_text(script)
         for name, text in {"systemctl": SYSTEMCTL, "curl": CURL, "uname": UNAME}.items():
             file = machine.path(f"/stand-ins/{name}")
             file.parent.mkdir(exist_ok=True)
@@ -79,8 +80,27 @@ exec /usr/bin/uname "$@"
 
 
 def install(host, *, check=True, **variables):
-    path = "/stand-ins:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-    return host.run("bash", "/root/install.sh", check=check, **({"PATH": path} | variables))
+    return host.run("bash", "/install.sh", check=check, **({"PATH": PATH} | variables))
+
+
+def test_an_ordinary_user_needs_sudo_and_the_token_is_in_no_command_of_it(host):
+    sudo = host.path("/stand-ins/sudo")
+    sudo.write_text('#!/bin/sh\necho "sudo $*" >>/called\nexec setpriv --reuid=0 --regid=0 --clear-groups "$@"\n')
+    sudo.chmod(0o755)
+    host.path("/called").touch()
+    host.path("/called").chmod(0o666)
+    user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    user += [f"--{which}-caps=+setuid,+setgid" for which in ("inh", "ambient")]  # for the stand-in of sudo
+    host.run(*user, "bash", "/install.sh", PATH=PATH, FIREZONE_ID="gw-1", FIREZONE_TOKEN=TOKEN, HOME="/")
+    assert host.path(CREDENTIAL).read_text() == f"{TOKEN}\n"
+    assert host.run("stat", "-c", "%a %U:%G", CREDENTIAL, UNIT, INIT, PROGRAM).stdout.splitlines() == [
+        "400 root:root",
+        "644 root:root",
+        "755 root:root",
+        "750 root:firezone",
+    ]
+    assert any(line.startswith("sudo systemctl restart") for line in called(host))
+    assert TOKEN not in "".join(called(host))
 
 
 def called(host):
@@ -212,7 +232,7 @@ def test_a_bad_download_leaves_what_was_installed(host, script, release, reason)
     install(host, FIREZONE_ID="gw-1", FIREZONE_TOKEN=TOKEN)
     installed = {path: host.path(path).read_bytes() for path in (UNIT, INIT, PROGRAM)}
     newer = script.replace("version=1.6.1\n", "version=1.6.2\n").replace(HASHES["x86_64"], "b" * 64)
-    host.path("/root/install.sh").write_text(newer)
+    host.path("/install.sh").write_text(newer)
     host.path("/release").unlink()
     if release is not None:
         host.path("/release").write_bytes(release)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pty
 import re
 import shutil
 import subprocess
 import sys
+import termios
 from typing import TYPE_CHECKING
 
 import pytest
 from machine import scratch_host
 
-from tests.lab.process import REPOSITORY
+from tests.lab.process import REPOSITORY, wait_until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -82,9 +85,10 @@ def test_the_package_holds_program_helper_unit_page_and_completion_and_nothing_e
         "/usr/lib/sysusers.d/firezone-gateway.conf": ("-rw-r--r--", "root/root"),
         "/usr/lib/tmpfiles.d/firezone-gateway.conf": ("-rw-r--r--", "root/root"),
         "/usr/share/bash-completion/completions/firezone-gateway": ("-rw-r--r--", "root/root"),
-        "/usr/share/doc/firezone-gateway/changelog.gz": ("-rw-r--r--", "root/root"),
+        "/usr/share/doc/firezone-gateway/CHANGELOG.md.gz": ("-rw-r--r--", "root/root"),
         "/usr/share/doc/firezone-gateway/copyright": ("-rw-r--r--", "root/root"),
         "/usr/share/fish/vendor_completions.d/firezone-gateway.fish": ("-rw-r--r--", "root/root"),
+        "/usr/share/man/man8/firezone.8.gz": ("-rw-r--r--", "root/root"),
         "/usr/share/man/man8/firezone-gateway.8.gz": ("-rw-r--r--", "root/root"),
         "/usr/share/zsh/vendor-completions/_firezone-gateway": ("-rw-r--r--", "root/root"),
     }
@@ -205,6 +209,24 @@ class TestTheHelper:
         assert (done.returncode, self.token.exists()) == (1, False)
         assert "there was no token" in done.stderr
         assert list(self.token.parent.iterdir()) == []
+
+    def test_on_a_terminal_the_token_is_not_shown(self):
+        ours, theirs = pty.openpty()
+        command = ["nsenter", f"--target={self.host.pid}", "--all", "firezone", "gateway", "authenticate"]
+        with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True) as helper:
+            os.close(theirs)
+            shown = b""
+            while b"Token" not in shown:
+                shown += os.read(ours, 4096)
+            wait_until(lambda: not termios.tcgetattr(ours)[3] & termios.ECHO, timeout=10, what="echo is off")
+            os.write(ours, f"{TOKEN}\n".encode())
+            with contextlib.suppress(OSError):  # the other end is closed
+                while part := os.read(ours, 4096):
+                    shown += part
+            os.close(ours)
+        assert helper.returncode == 0
+        assert TOKEN.encode() not in shown
+        assert self.token.read_text() == f"{TOKEN}\n"
 
     @pytest.mark.parametrize("command", ["authenticate", "enable-service", "disable-service"])
     def test_a_dry_run_changes_nothing_and_needs_no_root(self, command):
