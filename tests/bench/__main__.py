@@ -38,7 +38,7 @@ RUNS = 5  # that count; one more comes before them and is dropped
 CONNECTIONS = 20  # of each kind, spread over the runs
 DIRECTIONS = ("up", "down")
 _PATHS = {WIREGUARD_GO: "direct", ROUTING: ""}
-APART = ("connect_times", "nat_matrix", "scale")  # programs of their own, after the figures
+APART = ("connect_times", "nat_matrix", "scale", "two_threads")  # programs of their own, after the figures
 CROWD = 100  # other clients that are connected all the time
 _DIRECTED = (
     *(
@@ -73,9 +73,7 @@ LEAST_OF_ROUTING = 0.05
 
 
 @click.command(help=__doc__)
-@click.option(
-    "--only", default="", help="Figures to measure, e.g. tcp1,*.relayed.*, or connect_times, nat_matrix, scale."
-)
+@click.option("--only", default="", help=f"Figures to measure, e.g. tcp1,*.relayed.*; or {', '.join(APART)}.")
 @click.option("--runs", default=RUNS, show_default=True, type=click.IntRange(1), help="How many runs count.")
 @click.option("--output", default="build/bench.json", show_default=True, type=click.Path(path_type=Path))
 @click.option(
