@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import click
+import gevent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,6 +31,8 @@ COMMANDS = {
 def run(name: str, arguments: Sequence[str], options: dict[str, Any]) -> int:
     """The exit code of one command; raises click's errors."""
     command: click.Command = import_module(COMMANDS[name]).command
+    hub = gevent.get_hub()
+    hub.NOT_ERROR = (*hub.NOT_ERROR, KeyboardInterrupt)  # what the user wishes needs no traceback
     try:
         code: int | None = command.main(
             args=list(arguments), prog_name=f"firezone-gateway {name}", standalone_mode=False, obj=options

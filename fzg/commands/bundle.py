@@ -19,6 +19,7 @@ import click
 from fzg import commands
 from fzg.commands.connection import NoGatewayError, RefusedError, ask
 from fzg.commands.status import fetch
+from fzg.ops import about
 from fzg.ops.anonymise import Anonymiser, without_credentials
 from fzg.version import VERSION
 
@@ -113,7 +114,7 @@ def _collect(options: dict[str, Any], *, anonymous: bool) -> dict[str, str]:
     parts["doctor.json"] = attempt("doctor", lambda: _doctor(options))
     parts["network.json"] = attempt("network", survey.network)
     parts["sysctl.json"] = attempt("kernel parameters", survey.sysctls)
-    parts["machine.json"] = attempt("machine", lambda: survey.machine() | {"version": VERSION})
+    parts["machine.json"] = attempt("machine", lambda: survey.machine() | {"parts": about.lines()})
     lines = given.get("log")
     if anonymous and lines is not None:
         lines = [line for line in lines if not _PRIVATE_LINES.search(line)]
