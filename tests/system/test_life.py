@@ -237,7 +237,7 @@ def test_masquerade_flags_of_the_portal_change_nothing(lab):
 # --- the portal ---
 
 
-@pytest.mark.spec("OPS-26")
+@pytest.mark.spec("OPS-26", "PORTAL-34")
 def test_a_portal_that_stays_away_is_dialled_ever_slower_while_traffic_flows_until_the_budget_ends():
     # 0.5, 0.75, 1.125 and 1.6875 s, each up to twice as long: the fourth or fifth does not fit any more.
     with Lab(gateway_environment={"FIREZONE_MAX_PARTITION_TIME": "5s"}) as lab:
