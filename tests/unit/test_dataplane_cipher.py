@@ -145,3 +145,61 @@ def test_no_changed_bit_is_taken_for_genuine():
         assert opened(engine, genuine[:-cut]) == []
     assert opened(engine, genuine + b"\0") == []
     assert opened(engine, genuine) == [udp(b"x")]
+
+
+PRIME = (1 << 130) - 5
+EDGES = (
+    0,
+    1,
+    4,
+    5,
+    (1 << 128) - 1,
+    1 << 128,
+    (1 << 128) + 1,
+    (1 << 129) - 1,
+    1 << 129,
+    PRIME - 6,
+    PRIME - 2,
+    PRIME - 1,
+)
+
+
+def _with_sum(total: int, key: bytes, counter: int, blocks: int) -> bytes:
+    """A plaintext for which Poly1305 ends at `total` before the last addition."""
+    nonce = struct.pack("<4xQ", counter)
+    r = int.from_bytes(_block(key, nonce, 0)[:16], "little") & 0x0FFFFFFC0FFFFFFC0FFFFFFC0FFFFFFF
+    inverse = pow(r, -1, PRIME)
+    wanted = total * inverse - int.from_bytes(struct.pack("<QQB", 0, 16 * blocks, 1), "little")
+    while True:
+        before = os.urandom(16 * (blocks - 1))
+        reached = 0
+        for at in range(0, len(before), 16):
+            reached = (reached + int.from_bytes(before[at : at + 16] + b"\1", "little")) * r % PRIME
+        last = (wanted * inverse - reached) % PRIME
+        if last >> 128 == 1:  # one in four can be a block
+            ciphertext = before + (last & (1 << 128) - 1).to_bytes(16, "little")
+            stream = b"".join(_block(key, nonce, 1 + i) for i in range(-(-len(ciphertext) // 64)))
+            return bytes(one ^ other for one, other in zip(ciphertext, stream, strict=False))
+
+
+@pytest.mark.parametrize("blocks", [2, 5, 40, 80])
+def test_the_authenticator_agrees_where_its_sum_is_at_an_edge(blocks: int):
+    engine, opener = make_engine(), make_engine()
+    for counter, total in enumerate(EDGES):
+        plaintext = _with_sum(total, KEY, counter, blocks)
+        expected = message(counter, plaintext)
+        assert int.from_bytes(expected[-16:], "little") == (
+            total + int.from_bytes(_block(KEY, struct.pack("<4xQ", counter), 0)[16:32], "little")
+        ) % (1 << 128)
+        assert engine.seal(1, plaintext, 1.0) == expected
+        opened(opener, expected)
+    assert "drop_undecryptable" not in opener.counters()
+
+
+@pytest.mark.parametrize("tag", [bytes(16), b"\xff" * 16, b"\x80" + bytes(15), bytes(15) + b"\1"])
+def test_no_tag_stands_for_any_other(tag: bytes):
+    engine = make_engine()
+    genuine = message(0, udp(b"x"))
+    for forged in (genuine[:-16] + tag, genuine[:-16] + bytes(a ^ b for a, b in zip(genuine[-16:], tag, strict=True))):
+        assert opened(engine, forged) == ([udp(b"x")] if forged == genuine else [])
+    assert engine.counters()["drop_undecryptable"] >= 1
