@@ -33,9 +33,13 @@ class Grant:
 
 
 class Grants:
-    """Pairs of client and resource, until when, and whether the gateway has said that it knows."""
+    """Pairs of client and resource, until when, and whether the gateway has said that it knows.
 
-    def __init__(self) -> None:
+    `latency`: what is said of a grant that ends within it may come too late.
+    """
+
+    def __init__(self, *, latency: float = 0.0) -> None:
+        self.latency = latency
         self.table: dict[Pair, Grant] = {}
         self._unanswered: dict[str, Grant] = {}
 
@@ -60,7 +64,7 @@ class Grants:
         """Ends at another time. One that has ended comes to life again or not: gateways look once a second."""
         grant = self.table.get(pair)
         if grant is not None:
-            grant.is_acknowledged &= grant.expires_at > now
+            grant.is_acknowledged &= grant.expires_at > now + self.latency
             grant.expires_at = expires_at
 
     def retain(self, listed: list[dict[str, Any]], now: float) -> None:
@@ -159,12 +163,12 @@ class Device:
 class Storm:
     """A portal that authorizes without pause, repeatably, and notes what it did; some of it it takes back again."""
 
-    def __init__(self, rng: random.Random, devices: list[Device] | None = None, *, first_resource: int = 1) -> None:
+    def __init__(self, rng: random.Random, *, first_resource: int = 1, latency: float = 0.0) -> None:
         self.rng = rng
-        self.grants = Grants()
-        self.devices = list(devices or [])
-        """All clients so far; those that are given come first and get their share as all others do."""
-        self.given = len(self.devices)
+        self.grants = Grants(latency=latency)
+        self.devices: list[Device] = []
+        """All clients so far; the first `given` are looked at closely, and get more than their share."""
+        self.given = 0
         self.pairs: dict[Pair, tuple[Device, Resource]] = {}
         """Every pair that was ever authorized."""
         self.refs = 0
@@ -190,7 +194,6 @@ class Storm:
             device, resource = self._any_pair()
             return self.authorization(device, resource, expires_at)
         if r < 0.4 and self.devices:
-            # Of those that are given each third: they are few, and looked at closely.
             among = self.devices[: self.given] if self.given and self.rng.random() < 0.3 else self.devices
             return self._anew(self.rng.choice(among), expires_at)
         device = Device.make(len(self.devices) + 0x1000, self.rng)

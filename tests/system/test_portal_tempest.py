@@ -58,9 +58,10 @@ class Weather:
         self.portal.on_frame = self._hear
         self.members: dict[str, Member] = {}
         self.lost = 0
+        self.history: dict[Pair, list[str]] = {}
         self.waiting: dict[str, Member] = {}
         self.anchors: dict[Pair, tuple[Device, Resource]] = {}
-        self.storm = Storm(self.rng, first_resource=1000)
+        self.storm = Storm(self.rng, first_resource=1000, latency=EDGE_S)
         self.grants = self.storm.grants
         members = [self._recruit(number) for number in range(1, SAMPLE + 1)]
         assert self.swarm.wait(members, 15.0) == []
@@ -101,12 +102,23 @@ class Weather:
     def say(self, message: Message) -> None:
         """To the gateway, if it is there."""
         connection = self.portal.connections[-1]
+        event, payload = message
+        if event == "create_authorization":
+            self._note(
+                (payload["client"]["id"], payload["resource"]["id"]), f"{payload['ref']} {payload['expires_at']}"
+            )
+        elif event != "init":
+            self._note((payload["client_id"], payload["resource_id"]), f"{event} {payload.get('expires_at')}")
         try:
             if connection.ended:
                 raise BrokenPipeError
             connection.push(*message)
         except OSError:
             self.lost += 1
+
+    def _note(self, pair: Pair, what: str) -> None:
+        if pair[0] in self.members:
+            self.history.setdefault(pair, []).append(f"{time.time():.3f} {len(self.portal.connections)}: {what}")
 
     def blow(self, seconds: float) -> float:
         """Authorizations for so long, and what else happens; how many there were a second."""
@@ -176,8 +188,10 @@ class Weather:
         passes = self.passing(asked)
         # An answer that came may have been sent just before the grant ended.
         may = self.grants.may_pass(time.time() - ANSWERS_S * TRIES)
-        assert must - passes == set(), "lost"
-        assert passes - may == set(), "invented"
+        for wrong, how in ((must - passes, "lost"), (passes - may, "invented")):
+            assert not wrong, (
+                f"{how}: {[(pair, self.grants.table.get(pair), self.history.get(pair)) for pair in wrong]}"
+            )
         assert len(must) > SAMPLE
         assert asked - may, "nothing that must not pass was tried"
 
