@@ -26,7 +26,7 @@ NOBODY = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups")
 
 
 def place(gateway) -> Path:
-    return Path(gateway.process.environment[VARIABLE])
+    return Path(gateway.process.environment.get(VARIABLE, "/nowhere"))
 
 
 def operator(gateway, *words, prefix=(), command=SOURCE, text=True, **environment):
@@ -211,6 +211,32 @@ def test_an_operator_finds_the_socket_that_systemd_placed(portal, start, namespa
     assert (tmp_path / "control.sock").is_socket()
     done = operator(gateway, "status", "--json", FIREZONE_CONTROL_SOCKET=None)
     assert json.loads(done.stdout)["pid"] == gateway.pid
+
+
+def test_root_finds_the_gateway_of_an_ordinary_user_who_asks_it_without_more_words(portal, start, namespace, tmp_path):
+    """Where nothing but /tmp may be written."""
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    temporary.chmod(0o1777)
+    node = tmp_path / "tun"
+    os.mknod(node, 0o666 | stat.S_IFCHR, os.makedev(10, 200))
+    node.chmod(0o666)
+    namespace.bind("/dev/net/tun", node)
+    namespace.bind("/tmp", temporary)
+    capable = [*NOBODY, "--inh-caps=-all,+net_admin", "--ambient-caps=-all,+net_admin"]
+    gateway = start(portal=portal, prefix=capable, XDG_RUNTIME_DIR=None)
+    gateway.wait_ready()
+    assert VARIABLE not in gateway.output, "that it could not listen"
+    directory = temporary / "firezone-gateway-65534"
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    for prefix in (NOBODY, ()):
+        done = operator(gateway, "status", "--json", prefix=prefix, FIREZONE_CONTROL_SOCKET=None)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["uid"] == 65534
+    other = ("setpriv", "--reuid", "65533", "--regid", "65533", "--clear-groups")
+    done = operator(gateway, "status", prefix=other, FIREZONE_CONTROL_SOCKET=None)
+    assert done.returncode == 1
+    assert "no gateway is running here" in done.stderr
 
 
 @pytest.mark.parametrize("words", [["status"], ["status", "--json"], ["id", "--json"], ["bundle", "--output", "-"]])

@@ -6,13 +6,16 @@ import io
 import json
 from types import SimpleNamespace
 
+import gevent
 import pytest
 
 from fzg.commands.status import amount, duration, render
 from fzg.node.path import PathKind
 from fzg.ops import snapshot
+from fzg.ops.requests import Requests
 from fzg.ops.snapshot import NatKind
 from fzg.portal.websocket import State
+from fzg.secret import Secret
 from fzg.turn.allocation import State as RelayState
 from fzg.turn.relays import RelayStatus
 from fzg.wire.candidate import Kind
@@ -147,6 +150,42 @@ def test_everything_can_be_shown_as_tables_and_no_text_of_others_steers_the_term
     assert CLIENT_ID[:8] in text
     assert "is relayed because our NAT maps by destination" in text
     assert "12,345" in text
+
+
+def test_a_client_whose_connection_failed_is_shown_with_what_it_holds():
+    w = connected()
+    w.gateway.core.node.drop(CLIENT_ID)
+    shown = snapshot.client(w.gateway.core, CLIENT_ID, w.net.now)
+    assert (shown["state"], shown["path"], shown["handshake_age"]) == ("disconnected", None, None)
+    assert shown["resources"] == 1
+    w.reject()
+    assert snapshot.client(w.gateway.core, CLIENT_ID, w.net.now) is None
+
+
+def test_thousands_of_clients_are_described_in_small_turns(monkeypatch):
+    """No packet waits while more than 32 are described, and each line is a moment of its own."""
+    w = connected()
+    core = w.gateway.core
+    ids = [CLIENT_ID] * 100
+    monkeypatch.setattr(type(core), "client_ids", property(lambda self: ids))
+    asked = Requests(
+        gateway=core,
+        portal=portal(joined_at=w.net.now),
+        drain=None,
+        settings={},
+        token=Secret("t"),
+        not_ready_because=lambda: None,
+    )
+    lines = asked.status({})
+    assert next(lines)["client_count"] == 100
+    turns = []
+    others = gevent.spawn(lambda: [turns.append(gevent.sleep(0)) for _ in range(1000)])
+    sizes = []
+    for line in lines:
+        sizes.append(len(line["clients"]))
+    assert sizes == [32, 32, 32, 4]
+    assert len(turns) >= 3, "others ran in between"
+    others.kill()
 
 
 @pytest.mark.parametrize(

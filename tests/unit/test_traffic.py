@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from fzg.dataplane.pure import PureEngine
 from fzg.tunnel import traffic
 from fzg.wire import ip as wire_ip
 from tests.unit import tunnel_world as tw
@@ -40,8 +41,11 @@ def test_the_payload_is_what_flow_records_count(packet):
     assert traffic.payload_length(packet) == wire_ip.parse(packet).payload_length
 
 
-def test_packets_count_in_their_direction_whether_the_core_or_the_engine_let_them_pass():
-    w = world().start()
+@pytest.mark.parametrize("engine", ["pure", "native"])
+def test_packets_count_in_their_direction_whether_the_core_or_the_engine_let_them_pass(engine):
+    if engine == "native":
+        native = pytest.importorskip("fzg.dataplane._native", reason="the native engine was not built")
+    w = world(make_engine=native.NativeEngine if engine == "native" else PureEngine).start()
     w.connect()
     w.net.run(SETTLED)
     there = udp(source=w.client.ipv4, destination=SERVER)
