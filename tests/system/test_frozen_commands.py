@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import tarfile
 
@@ -70,6 +71,14 @@ def test_an_ordinary_user_asks_the_gateway_that_it_runs(namespace, portal, open_
         assert gateway.ends() == 0
     finally:
         gateway.stop()
+
+
+def test_the_signal_for_a_drain_reaches_the_gateway_through_its_launcher(portal, start, frozen):
+    gateway = start(portal=portal, command=[frozen])
+    gateway.wait_ready()
+    assert gateway.terminate(signal.SIGUSR1) == 0
+    gateway.says("Drained")
+    assert portal.connection(0).closed_with == (1000, "")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
