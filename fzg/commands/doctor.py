@@ -47,7 +47,7 @@ def command(options: dict[str, Any], *, as_json: bool, offline: bool, servers: S
     """
     asked = [] if offline else _endpoints(servers)
     plan = _plan(options, os.environ)
-    live, live_problem = _live()
+    live, live_problem, stuck = _live()
     host = facts.observe(INTERFACE, plan.udp_port, plan.health_port)
     portal = None
     if not offline and not plan.portal_problem:
@@ -57,7 +57,9 @@ def command(options: dict[str, Any], *, as_json: bool, offline: bool, servers: S
         portal = asking.get()
     else:
         stun = reach.stun_servers(asked)
-    seen = Seen(host=host, plan=plan, portal=portal, stun=tuple(stun), live=live, live_problem=live_problem)
+    seen = Seen(
+        host=host, plan=plan, portal=portal, stun=tuple(stun), live=live, live_problem=live_problem, stuck=stuck
+    )
     checks = list(doctor.examine(seen))
     if as_json:
         click.echo(json.dumps({"checks": [check._asdict() for check in checks]}, ensure_ascii=False))
@@ -123,16 +125,16 @@ def _token(argument: str | None, environment: Mapping[str, str]) -> tuple[str, s
     return (source, "") if token.reveal() else ("", f"{source} is an empty token")
 
 
-def _live() -> tuple[Live | None, str]:
-    """What the running gateway says; or why it cannot be asked, empty where none runs."""
+def _live() -> tuple[Live | None, str, str]:
+    """What the running gateway says; or that this user may not ask it; or how it failed to answer."""
     try:
-        status = ask_once("status")
+        live = live_from(ask_once("status"))
     except NoGatewayError as error:
-        return None, error.message if "not yours" in error.message else ""
+        return None, error.message if "not yours" in error.message else "", ""
     except RefusedError as error:
-        return None, error.message
-    live = live_from(status)
-    return (None, "") if is_elsewhere(live.pid) else (live, "")
+        denied = "only root" in error.message
+        return None, error.message if denied else "", "" if denied else error.message
+    return (None, "", "") if is_elsewhere(live.pid) else (live, "", "")
 
 
 def live_from(status: Mapping[str, Any]) -> Live:

@@ -9,13 +9,13 @@ import contextlib
 import email.utils
 import os
 import re
-import socket
 import ssl
 import struct
 import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import gevent
+from gevent import socket
 
 from fzg.host.errors import HostError
 from fzg.host.trust import trust_store
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 # RFC 8489 6.2.1 begins at 500 ms; three tries tell a lost datagram from a blocked port.
 _STUN_TRIES: Final = 3
 _STUN_PAUSE: Final = 0.5
+_DIAL_TIMEOUT: Final = dial.DIAL_TIMEOUT_S
 _ANSWER_TIMEOUT: Final = 5.0  # the portal's TCP limit (operations 1.7)
 _MAX_HEAD: Final = 16 * 1024
 _DATE: Final = re.compile(rb"(?im)^date:[ \t]*(.+?)[ \t]*\r?$")
@@ -75,7 +76,10 @@ def portal(url: PortalUrl, environment: Mapping[str, str], *, user_agent: str) -
     began = time.monotonic()
     stream: Any = None  # a gevent socket, later a TLS socket
     try:
-        stream = dial.connect(addresses, url.host, url.port, options)
+        with gevent.Timeout(
+            _DIAL_TIMEOUT, DialError(f"no connection within {_DIAL_TIMEOUT:g} s")
+        ):  # a proxy may be mute
+            stream = dial.connect(addresses, url.host, url.port, options)
         with gevent.Timeout(_ANSWER_TIMEOUT, TimeoutError(f"no answer within {_ANSWER_TIMEOUT:g} s")):
             if url.secure:
                 stream = trusted.context.wrap_socket(stream, server_hostname=url.host, do_handshake_on_connect=False)
@@ -86,7 +90,7 @@ def portal(url: PortalUrl, environment: Mapping[str, str], *, user_agent: str) -
         problem = f"TLS with {url.host} fails: {reason}; {remedy.for_tls(error, time.time())}"
         return found._replace(failed="certificate", problem=problem)
     except (DialError, OSError) as error:
-        advice = "" if isinstance(error, DialError) else f"; {remedy.for_connection(url.port)}"
+        advice = "" if "; " in str(error) else f"; {remedy.for_connection(url.port)}"
         return found._replace(failed="connection", problem=f"{error}{advice}")
     finally:
         if stream is not None:

@@ -64,7 +64,7 @@ RUNNING = {"link": "tun", "tun_holder": GATEWAY, "udp": (Listener("0.0.0.0", GAT
 RUNNING |= {"health": (Listener("0.0.0.0", GATEWAY),), "firewall": Survey(("ip", "ip6"), (), ())}
 
 
-def look(live=None, live_problem="", portal=PORTAL, stun=(), plan=None, **host):
+def look(live=None, live_problem="", stuck="", portal=PORTAL, stun=(), plan=None, **host):
     """The checks by name, of a good host with these differences."""
     sysctls = HOST.sysctls | host.pop("sysctls", {})
     disks = HOST.disks | host.pop("disks", {})
@@ -76,6 +76,7 @@ def look(live=None, live_problem="", portal=PORTAL, stun=(), plan=None, **host):
         stun=tuple(stun),
         live=live,
         live_problem=live_problem,
+        stuck=stuck,
     )
     checks = list(examine(seen))
     names = [check.name for check in checks]
@@ -494,6 +495,13 @@ def test_portal_login(live, state, said):
     check = look(live)["portal-login"]
     assert check.state == state
     assert said in check.seen
+
+
+def test_a_gateway_that_does_not_answer_is_a_failure():
+    check = look(stuck="the gateway is there but said nothing for 15 s")["portal-login"]
+    assert check.state is State.FAIL
+    assert "said nothing for 15 s" in check.seen
+    assert "restart" in check.remedy
 
 
 ANSWERED = Answer("192.0.2.9:3478", 0.02, Endpoint.parse("203.0.113.7:52625"))

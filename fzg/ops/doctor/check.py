@@ -71,13 +71,15 @@ class Seen:
     stun: tuple[Answer, ...] = ()
     live: Live | None = None
     live_problem: str = ""
-    """Why a gateway that runs could not be asked."""
+    """Why this user may not ask the gateway that runs."""
+    stuck: str = ""
+    """What became of asking a gateway that listens and does not answer as it should."""
 
     @property
     def running(self) -> bool:
         """Whether a gateway runs here, as far as can be told."""
         held = self.host.link == "tun" and self.host.tun_holder is not None
-        return self.live is not None or held or bool(self.live_problem)
+        return self.live is not None or held or bool(self.live_problem or self.stuck)
 
     @property
     def serves_here(self) -> bool:

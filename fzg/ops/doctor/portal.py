@@ -88,6 +88,9 @@ def login(seen: Seen) -> Check:
     """Whether the portal takes token and identity: only the running gateway knows, asking again would disturb it."""
     name, live = "portal-login", seen.live
     if live is None:
+        if seen.stuck:
+            what = f"a gateway runs and does not answer as it should: {seen.stuck}"
+            return Check(name, State.FAIL, what, "restart it: sudo systemctl restart firezone-gateway")
         if seen.live_problem:
             return Check(name, State.UNKNOWN, seen.live_problem, "ask as root")
         what = "whether the portal takes token and identity shows when the gateway starts"
