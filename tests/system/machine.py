@@ -13,6 +13,7 @@ from pathlib import Path
 from tests.lab.process import REPOSITORY, Process, wait_until
 
 DEBIAN = "bookworm"
+OLDEST_DEBIAN = "bullseye"  # with systemd 247, the first that knows credentials
 # What the package asks for, and what the tests look with.
 DEBIAN_PACKAGES = ("systemd", "iproute2", "nftables", "procps", "curl", "ca-certificates")
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -136,10 +137,10 @@ def scratch_host(directory: Path, **options):
 
 
 @contextlib.contextmanager
-def debian(directory: Path, *, machine_id: str, **options):
+def debian(directory: Path, *, machine_id: str, suite: str = DEBIAN, **options):
     """A freshly installed Debian with systemd as its first process, booted."""
     init = f"/lib/systemd/systemd --machine-id={machine_id}"
-    with Machine(directory, lower=debian_root(), init=init, boots=True, **options) as machine:
+    with Machine(directory, lower=debian_root(suite), init=init, boots=True, **options) as machine:
         wait_until(
             lambda: (
                 machine.run("systemctl", "is-system-running", check=False).stdout.strip() in {"running", "degraded"}
@@ -150,19 +151,19 @@ def debian(directory: Path, *, machine_id: str, **options):
         yield machine
 
 
-def debian_root() -> Path:
+def debian_root(suite: str = DEBIAN) -> Path:
     """A minimal Debian, made once by mmdebstrap and kept in .cache."""
     cache = REPOSITORY / ".cache"
     cache.mkdir(exist_ok=True)
-    root = cache / f"debian-{DEBIAN}"
-    with (cache / f"debian-{DEBIAN}.lock").open("w") as turn:
+    root = cache / f"debian-{suite}"
+    with (cache / f"debian-{suite}.lock").open("w") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)
-        made_of = f"{DEBIAN} {' '.join(DEBIAN_PACKAGES)}"
+        made_of = f"{suite} {' '.join(DEBIAN_PACKAGES)}"
         note = root / ".made-of"
         if not note.exists() or note.read_text() != made_of:
             shutil.rmtree(root, ignore_errors=True)
             subprocess.run(
-                ["mmdebstrap", "--quiet", "--variant=apt", f"--include={','.join(DEBIAN_PACKAGES)}", DEBIAN, root],
+                ["mmdebstrap", "--quiet", "--variant=apt", f"--include={','.join(DEBIAN_PACKAGES)}", suite, root],
                 check=True,
             )
             note.write_text(made_of)

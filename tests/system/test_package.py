@@ -174,7 +174,7 @@ def test_a_host_of_the_original_keeps_what_it_had(host, package):
 def test_a_host_without_machine_id_is_installed_and_told(host, package):
     host.path("/etc/machine-id").write_text("")
     done = host.run("dpkg", "-i", put(host, package))
-    assert "no machine id" in done.stderr
+    assert "no identity can be derived" in done.stderr
     assert host.path("/etc/firezone/gateway-preset-env").read_text() == ""
 
 

@@ -228,6 +228,51 @@ def test_under_the_unit_clients_get_through_on_other_ways_and_while_the_portal_i
     assert " ERROR " not in journal(machine)
 
 
+# Says what the unit lets it do. The shipped file may need a newer C library than the oldest systemd's Debian has.
+WITNESS = """#!/bin/bash
+[ "$*" != "--version --verbose" ] || { echo "C library: glibc 2.31, 2.31 or newer needed"; exit; }
+cp /bin/true "$TEMP/true" && "$TEMP/true" && echo "unpacks in $TEMP"
+[ "$(cat "$CREDENTIALS_DIRECTORY/FIREZONE_TOKEN")" = secret ] && echo "has the token"
+echo 1 >/proc/sys/net/ipv4/ip_forward && echo "forwards"
+exec 5<>/dev/net/tun && echo "opens the TUN device"
+touch "$STATE_DIRECTORY/x" && echo "keeps state"
+touch "${RUNTIME_DIRECTORY%%:*}/x" && echo "has a place for its socket"
+systemd-notify --ready --status=fine
+while sleep 1; do systemd-notify WATCHDOG=1; done
+"""
+
+
+@pytest.mark.spec("OPS-51")
+@pytest.mark.parametrize("suite", [machines.OLDEST_DEBIAN, machines.DEBIAN])
+def test_the_unit_gives_what_the_gateway_needs_with_the_oldest_systemd_too(tmp_path, suite):
+    if reason := machines.cannot_boot():
+        pytest.skip(f"not applicable: {reason}")
+    witness = tmp_path / "witness"
+    witness.write_text(WITNESS)
+    witness.chmod(0o755)
+    build = REPOSITORY / "packaging" / "debian" / "build"
+    subprocess.run([build, sys.executable, witness, tmp_path / "dist", "1.6.1"], check=True, cwd=REPOSITORY)
+    (package,) = (tmp_path / "dist").iterdir()
+    alone = ["unshare", "--net"]
+    with machines.debian(tmp_path / "machine", prefix=alone, machine_id=MACHINE_ID, suite=suite) as machine:
+        machine.run("dpkg", "-i", put(machine, package))
+        machine.run("firezone", "gateway", "authenticate", stdin="secret")
+        machine.run("firezone", "gateway", "enable-service")
+        assert show(machine, "ActiveState", "StatusText") == ["active", "fine"]
+        said = journal(machine)
+        print(said)
+        for line in (
+            "unpacks in /run/firezone-gateway/unpacked",
+            "has the token",
+            "forwards",
+            "opens the TUN device",
+            "keeps state",
+            "has a place for its socket",
+        ):
+            assert f"{line}\n" in said
+        assert "Unknown key" not in machine.run("journalctl", "--no-pager").stdout
+
+
 @pytest.mark.spec("OPS-50", "OPS-53")
 def test_the_installer_downloads_the_released_file_and_the_service_joins(lab, machine, frozen, tmp_path):
     """From a server of its own, over TLS; once more with nothing given, as for an upgrade."""
