@@ -183,6 +183,16 @@ class Script:
                 [wait, answer, wait],
             ]
         )
+        if r.random() < 0.1:  # used by cached flows alone towards the end, and then left to itself
+            last, idle = r.choice(((data, 59.0), (answer, 119.0), (data, 119.0)))
+            opening = [first, answer, data] if idle > 60.0 else [first, data]
+            return [
+                *opening,
+                *[("pause", 0.25), last] * 3,
+                ("pause", idle),
+                ("pause", r.choice((0.25, 0.5, 0.75))),
+                answer,
+            ]
         answered = [answer] if r.random() < 0.7 else []
         return [first, *answered, data, *middle, answer, data, answer]
 
