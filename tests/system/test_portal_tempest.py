@@ -184,8 +184,8 @@ class Weather:
                     self.storm.pairs[pair] = next(d for d in self.storm.devices if d.id == member.id), resource
                     mine.append(pair)
         asked = set(mine)
-        must = self.certain() & asked
         passes = self.passing(asked)
+        must = self.certain() & asked  # what ended between two tries proves nothing
         # An answer that came may have been sent just before the grant ended.
         may = self.grants.may_pass(time.time() - ANSWERS_S * TRIES)
         for wrong, how in ((must - passes, "lost"), (passes - may, "invented")):

@@ -171,7 +171,11 @@ def test_a_portal_that_restarts_every_two_seconds_leaves_nothing_lost_or_invente
 
 
 @pytest.mark.slow
-@each_engine
+@pytest.mark.parametrize(
+    "make_engine",
+    [pytest.param(engine, marks=[] if engine is ENGINES[-1] else pytest.mark.long) for engine in ENGINES],
+    ids=[engine.__name__ for engine in ENGINES],
+)
 def test_an_init_with_twenty_thousand_pairs_is_taken_over_exactly(play: Any, make_engine: Any) -> None:
     """A thousand clients with twenty resources each, and a tenth more that `init` does not list any longer."""
     played = play(make_engine)
