@@ -70,7 +70,8 @@ def old_host(release, tmp_path):
     for library in c_library(ROOT):
         target = tmp_path / library.lstrip("/")
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / library.lstrip("/"), target)
+        file = subprocess.run(["chroot", ROOT, "readlink", "-f", library], capture_output=True, text=True, check=True)
+        shutil.copy(ROOT / file.stdout.strip().lstrip("/"), target)
     (tmp_path / "tmp").mkdir()
 
     def run(file, *arguments):
