@@ -112,7 +112,8 @@ def test_the_same_sources_give_the_same_package(build):
 @pytest.mark.spec("OPS-52", "OPS-54")
 def test_it_keeps_token_settings_and_identity_until_it_is_purged(host, build, package):
     before = host.changed()
-    host.run("dpkg", "-i", put(host, build("1.6.0")))
+    older = put(host, build("1.6.0"))
+    host.run("dpkg", "-i", older)
     assert state(host, "/usr/bin/firezone-gateway") == "-rwxr-x--- root:firezone"
     assert state(host, "/etc/firezone") == "drwxr-xr-x firezone:firezone"
     assert state(host, "/etc/firezone/gateway-token") == "-r-------- root:root"
@@ -136,6 +137,15 @@ def test_it_keeps_token_settings_and_identity_until_it_is_purged(host, build, pa
     assert host.path("/etc/firezone/gateway-token").read_text() == f"{TOKEN}\n"
     assert state(host, "/etc/firezone/gateway-token") == "-r-------- root:root"
     assert host.run("systemctl", "is-enabled", "firezone-gateway").stdout == "enabled\n"
+
+    # Back again, as after an upgrade that was regretted; and an administrator's own mode is left alone.
+    host.run("dpkg-statoverride", "--add", "root", "root", "0700", "/usr/bin/firezone-gateway")
+    host.run("dpkg", "--force-downgrade", "-i", older)
+    assert host.run("firezone-gateway", "--version").stdout == "firezone-gateway 1.6.0\n"
+    assert state(host, "/usr/bin/firezone-gateway") == "-rwx------ root:root"
+    assert host.path("/etc/firezone/gateway-token").read_text() == f"{TOKEN}\n"
+    assert settings_of(host, "/etc/firezone/gateway-preset-env") == {"FIREZONE_ID": PACKAGE_ID}
+    host.run("dpkg-statoverride", "--remove", "/usr/bin/firezone-gateway")
 
     host.run("dpkg", "-r", "firezone-gateway")
     kept = {path for path in host.changed() - before if "firezone" in path and not path.startswith("/root/")}
