@@ -15,7 +15,11 @@ from frozen_world import OF_THE_HOST, newest_glibc, programs_in, unpack
 from fzg.commands import COMMANDS
 from tests.lab.process import REPOSITORY
 
-pytestmark = [pytest.mark.slow, pytest.mark.needs("objdump", "strip")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(120, func_only=True),  # not counting the build, which the first test waits for
+    pytest.mark.needs("objdump", "strip"),
+]
 
 MEGABYTE = 10**6
 

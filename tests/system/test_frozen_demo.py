@@ -19,6 +19,7 @@ from tests.lab.scenario import Lab
 pytestmark = [
     pytest.mark.root,
     pytest.mark.slow,
+    pytest.mark.timeout(120, func_only=True),  # not counting the build, which the first test waits for
     pytest.mark.needs(
         "namespaces", "tun", "ip", "nft", "turnserver", "curl", "openssl", "setpriv", "setcap", "objdump", "strip"
     ),

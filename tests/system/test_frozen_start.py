@@ -23,6 +23,7 @@ from tests.lab.scripted_portal import wait_until
 pytestmark = [
     pytest.mark.root,
     pytest.mark.slow,
+    pytest.mark.timeout(120, func_only=True),  # not counting the build, which the first test waits for
     pytest.mark.needs("namespaces", "tun", "ip", "objdump", "strip"),
 ]
 
