@@ -104,12 +104,14 @@ def _collect(options: dict[str, Any], *, anonymous: bool) -> dict[str, str]:
 
     from fzg.host import survey
 
-    parts["status.json"] = attempt("status", fetch)
+    status = parts["status.json"] = attempt("status", fetch)
     given = attempt("settings and log", _ask_gateway) or {}
     parts["settings.json"] = given.get("settings")
     for kind, texts in given.get("names", {}).items():
         names.setdefault(kind, []).extend(texts)
     settings = given.get("settings") or {}
+    if status is not None and not _is_public(status["portal"]["host"]):
+        names["host"].append(status["portal"]["host"])
     names["host"] += [str(settings[each]) for each in ("name", "firezone_id") if settings.get(each)]
     parts["doctor.json"] = attempt("doctor", lambda: _doctor(options))
     parts["network.json"] = attempt("network", survey.network)
@@ -132,6 +134,11 @@ def _collect(options: dict[str, Any], *, anonymous: bool) -> dict[str, str]:
         files["host" + name] = shown(text)
     files["problems.txt"] = "".join(shown(problem) + "\n" for problem in problems)
     return files
+
+
+def _is_public(host: str) -> bool:
+    """Whether it is the vendor's portal, or an address, which is replaced as such."""
+    return host.endswith("firezone.dev") or ":" in host or host.replace(".", "").isdigit()
 
 
 def _ask_gateway() -> dict[str, Any]:
