@@ -195,10 +195,11 @@ def test_an_init_with_twenty_thousand_pairs_is_taken_over_exactly(play: Any, mak
         played.grants.set_expiry(pair, int(now) + 60, now)
     assert len(played.grants.table) == 20_000
     _, payload = played.init()
-    unknown = Device.make(0x10000, storm.rng)
-    payload["authorizations"].append(
-        {"client_id": unknown.id, "resource_id": Resource(1).id, "expires_at": int(now) + FOREVER_S}
-    )
+    for device in (Device.make(0x10000, storm.rng), *storm.devices[1:100]):
+        other = Resource(1)
+        storm.pairs[device.id, other.id] = (device, other)  # asked for, and never granted
+        entry = {"client_id": device.id, "resource_id": other.id, "expires_at": int(now) + FOREVER_S}
+        payload["authorizations"].append(entry)
     channel = Channel(now=0.0)
     text = json.dumps({"topic": "gateway", "event": "init", "ref": None, "payload": payload})
     began = time.process_time()
