@@ -271,3 +271,10 @@ def test_each_metric_is_on_the_page_about_monitoring(scraped):
         if not name.startswith("process_"):
             short = name.removeprefix("firezone_gateway").removeprefix("connlib_network")
             assert re.search(rf"{short}(_total)?`", page), name
+
+
+def test_the_direction_of_each_drop_that_an_engine_counts_is_known():
+    sources = (Path(__file__).parents[2] / "fzg" / "dataplane").glob("*.py*")
+    named = {name for path in sources for name in re.findall(r'"(drop_[a-z_]+)"', path.read_text(errors="replace"))}
+    assert len(named) >= 15
+    assert named - metrics._ENGINE_DROPS.keys() == set()
