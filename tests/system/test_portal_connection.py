@@ -264,7 +264,7 @@ def test_a_frame_above_the_limit_is_refused_with_1009_and_leads_to_a_new_connect
 
 @pytest.mark.slow
 def test_a_message_above_the_limit_in_fragments_is_refused_with_1009(portal, dial):
-    gateway = dial()
+    gateway = dial(timing=Timing(heartbeat_interval=60, join_timeout=60))  # an answer would fall into a fragment
     gateway.wait_connected()
     connection = portal.connection(0)
     piece = bytes(16 * 1024 * 1024)
