@@ -167,6 +167,15 @@ def test_a_query_is_passed_on_and_its_answer_comes_back_unchanged(world):
     assert world.nameservers[0].queries == [("db.example.", "udp")]
 
 
+def test_who_asks_for_it_sees_each_query_in_the_log(world, caplog):
+    world.text(query().to_wire())
+    assert not [record for record in caplog.records if record.name.startswith("wire")]
+    caplog.set_level(5, logger="wire.dns")
+    world.text(query().to_wire())
+    (record,) = [record for record in caplog.records if record.name == "wire.dns.qry"]
+    assert (record.domain, record.type, record.tcp, record.client) == ("db.example.", 16, False, "127.0.0.1")
+
+
 @pytest.mark.spec("TUNNEL-80")
 def test_a_long_answer_is_cut_over_udp_and_whole_over_tcp(world):
     world.nameservers[0].size = 3000
