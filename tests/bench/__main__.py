@@ -45,6 +45,7 @@ _DIRECTED = (
         "tcp1",
         "tcp4",
         "udp1200_mbit",
+        "udp1200_single_mbit",
         "udp64_kpps",
         "cpu_s_per_gb",
         "cpu_wait_percent",
@@ -139,7 +140,11 @@ def _measure(figures: Figures, about: dict[str, Any], runs: int, console: Consol
         if sites:
             figures.add({"rss_mib.idle.gateway": sites[0].idle.rss_mib})
         for plan in (_plan(sites, runs), _plan_of_many(sites)):
-            wanted = [each for each in plan if any(map(figures.wants, each.names))]
+            wanted = [
+                each
+                for each in plan
+                if any(map(figures.wants, each.names)) and (figures.is_selective or not each.on_request)
+            ]
             if wanted and plan and plan[0].title.endswith("in turn"):
                 status.update(f"connecting {measurements.TURN_CONNECTIONS} clients")
                 sites[0].add_crowd(measurements.TURN_CONNECTIONS)
@@ -211,7 +216,9 @@ def _plan(sites: list[Site], runs: int) -> list[Measurement]:
         plan += [measurements.udp(*one, direction=direction) for one in direct]
     for direction in DIRECTIONS:
         small = measurements.UDP_SMALL_PAYLOAD
-        plan += [measurements.udp(*one, direction=direction, size=small) for one in direct if one in tunnels]
+        pair = [one for one in direct if one in tunnels]
+        plan += [measurements.udp(*one, direction=direction, size=small, trains=False) for one in pair]
+        plan += [measurements.udp(*one, direction=direction, trains=False) for one in pair]
     plan += [measurements.round_trip(*one) for one in each if one[1].name != PURE]
     count = -(-CONNECTIONS // runs)
     plan += [measurements.connections(one[0], one[1], count=count) for one in tunnels if one[1].name == "gateway"]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 UNITS = {
     "tcp": "Gbit/s",
     "udp1200_mbit": "Mbit/s",
+    "udp1200_single_mbit": "Mbit/s",
     "udp64_kpps": "1000/s",
     "engine64_kpps": "1000/s",
     "turn": "Gbit/s",
@@ -61,6 +62,11 @@ class Figures:
         return not self._wanted or any(
             name == each or name.startswith(each + ".") or fnmatch.fnmatchcase(name, each) for each in self._wanted
         )
+
+    @property
+    def is_selective(self) -> bool:
+        """Whether figures were named."""
+        return bool(self._wanted)
 
     def add(self, values: Mapping[str, float | Sequence[float]]) -> None:
         """Keep those that are wanted."""

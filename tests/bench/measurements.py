@@ -28,7 +28,7 @@ SHARE_SECONDS = 2  # flows are decided anew each second
 LOAD_SECONDS = 2  # queues take longer to fill
 UDP_PAYLOAD = 1200
 UDP_LOSS_PERCENT = 0.1  # what a rate may lose and still count (performance chapter 4)
-UDP_FIRST_MBIT = 800.0
+UDP_FIRST_MBIT, UDP_SINGLE_FIRST_MBIT = 800.0, 400.0
 UDP_STEP = 1.15
 UDP_PROBES = 2  # of a run, and more only until one passes
 UDP_PROBES_AT_MOST = 5
@@ -59,12 +59,16 @@ _OPTIONS: Mapping[str, Sequence[str]] = {"up": (), "down": ("-R",)}
 
 @dataclass(frozen=True)
 class Measurement:
-    """`names` are the figures that `run` gives values for. `warms_up`: its first run is worse than the others."""
+    """`names` are the figures that `run` gives values for. `warms_up`: its first run is worse than the others.
+
+    `on_request`: left out unless figures are named.
+    """
 
     title: str
     names: Sequence[str]
     run: Callable[[], Values]
     warms_up: bool = False
+    on_request: bool = False
 
 
 def tcp(site: Site, program: Program, *, streams: int, direction: str) -> Measurement:
@@ -274,19 +278,23 @@ class _Search:
         return best
 
 
-def udp(site: Site, program: Program, *, direction: str, size: int = UDP_PAYLOAD) -> Measurement:
-    """What arrives of datagrams with loss below 0.1 %: 1200 bytes in trains, or packets of 64 bytes one by one."""
+def udp(site: Site, program: Program, *, direction: str, size: int = UDP_PAYLOAD, trains: bool = True) -> Measurement:
+    """What arrives of datagrams with loss below 0.1 %: of 1200 bytes or in packets of 64, in trains or one by one."""
     is_small = size < UDP_PAYLOAD
-    name = program.figure("udp64_kpps" if is_small else "udp1200_mbit", direction)
+    what = "udp64_kpps" if is_small else "udp1200_mbit" if trains else "udp1200_single_mbit"
+    name = program.figure(what, direction)
     first, most = (UDP_SMALL_FIRST_MBIT, UDP_SMALL_MOST_MBIT) if is_small else (UDP_FIRST_MBIT, UDP_MOST_MBIT)
+    if not (is_small or trains):
+        first = UDP_SINGLE_FIRST_MBIT
 
     def measure(mbit: float) -> tuple[float, float]:
-        load = {"size": size, "mbit": mbit, "seconds": UDP_SECONDS, "trains": not is_small}
+        load = {"size": size, "mbit": mbit, "seconds": UDP_SECONDS, "trains": trains}
         return site.outpost.datagrams_to(site.resources, program.server, UDP_PORT, back=direction == "down", **load)
 
     search = _Search(measure, rate=first, most=most)
     to_unit = 1e3 / 8 / size if is_small else 1.0
-    return Measurement(f"UDP, {size} bytes", [name], lambda: {name: search.run() * to_unit}, warms_up=True)
+    on_request = not (is_small or trains)
+    return Measurement(f"UDP, {size} bytes", [name], lambda: {name: search.run() * to_unit}, True, on_request)
 
 
 def round_trip(site: Site, program: Program) -> Measurement:

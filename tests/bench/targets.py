@@ -59,6 +59,9 @@ TARGETS = (
     Target("segments per send, relayed", "segments.down.relayed.gateway", 20, True),
     *_each_way("UDP 1200 bytes, ÷ wireguard-go", "udp1200_mbit", 1.5, least=True, beside="wireguard-go"),
     *_each_way("UDP 1200 bytes, ÷ pure engine", "udp1200_mbit", 3, least=True, beside="pure"),
+    *_each_way(
+        "UDP 1200 bytes, one by one, ÷ wireguard-go", "udp1200_single_mbit", 1.5, least=True, beside="wireguard-go"
+    ),
     *_each_way("UDP 64 bytes, ÷ wireguard-go", "udp64_kpps", 2, least=True, beside="wireguard-go"),
     Target("engine alone, 1000 packets/s, up", "engine64_kpps.up.gateway", 500, True),
     Target("engine alone, 1000 packets/s, down", "engine64_kpps.down.gateway", 500, True),
