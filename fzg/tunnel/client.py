@@ -109,12 +109,12 @@ class Client:
         authorization = self._authorizations.get(resource_id)
         return authorization if authorization is not None and authorization.expires > now else None
 
-    def grant(self, resource: Resource, expires: float | None) -> bool | None:
+    def grant(self, resource: Resource, expires: float | None, now: float) -> bool | None:
         """Add or renew. True: packets that passed may not pass now; None: no room."""
         known = self._authorizations.get(resource.id)
         if known is not None:
             narrower = self.update_filters(resource)
-            return self.set_expiry(resource.id, expires) or narrower
+            return self.set_expiry(resource.id, expires, now) or narrower
         if len(self._authorizations) >= MAX_AUTHORIZATIONS:
             _LOG.warning("a client holds %d resources, no more are granted", MAX_AUTHORIZATIONS)
             return None
@@ -155,14 +155,14 @@ class Client:
                 self._internet.remove(authorization)
         return True
 
-    def retain(self, listed: Mapping[str, float | None]) -> bool:
+    def retain(self, listed: Mapping[str, float | None], now: float) -> bool:
         """Keep only what is listed, with these expiries. True: packets that passed may not pass now."""
         unlisted = [resource_id for resource_id in self._authorizations if resource_id not in listed]
         for resource_id in unlisted:
             self.remove(resource_id)
             _LOG.info("Access revoked", extra={"cid": self.id, "rid": resource_id})
-        earlier = [self.set_expiry(resource_id, expires) for resource_id, expires in listed.items()]
-        return bool(unlisted) or any(earlier)
+        narrower = [self.set_expiry(resource_id, expires, now) for resource_id, expires in listed.items()]
+        return bool(unlisted) or any(narrower)
 
     def update_filters(self, resource: Resource) -> bool:
         """Take over the filters of a resource of the same kind, nothing else; False if nothing changed."""
@@ -190,15 +190,17 @@ class Client:
                 self._routes.touch(ip)
         return True
 
-    def set_expiry(self, resource_id: str, expires: float | None) -> bool:
-        """True: the grant ends earlier than it did. Unknown resources are ignored."""
+    def set_expiry(self, resource_id: str, expires: float | None, now: float) -> bool:
+        """True: packets that passed may not pass now. Unknown resources are ignored."""
         authorization = self._authorizations.get(resource_id)
         if authorization is None:
             return False
         before = authorization.expires
         authorization.expires = inf if expires is None else expires
         self._next_expiry = min(self._next_expiry, authorization.expires)
-        return authorization.expires < before
+        # The internet that comes back after its end, and before a tick saw that, takes the place of networks again.
+        is_back = isinstance(authorization.resource, InternetResource) and before <= now
+        return authorization.expires < before or is_back
 
     def shift_expiries(self, delta: float) -> bool:
         """Let all grants end `delta` seconds earlier; False if none ends at all."""

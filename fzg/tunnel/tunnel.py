@@ -123,7 +123,7 @@ class Tunnel:
             if not self._clients:
                 self._next_tick = now + HOUSEKEEPING_INTERVAL
             client = self._clients[client_id] = Client(client_id, ipv4, ipv6, self._addresses)
-        narrower = client.grant(resource, expires)
+        narrower = client.grant(resource, expires, now)
         client.attribute(resource.id, attribution)
         if narrower:
             self._events.append(Revoked(client_id))
@@ -148,10 +148,10 @@ class Tunnel:
         elif removed:
             self._events.append(Revoked(client_id))
 
-    def retain(self, authorizations: Mapping[str, Mapping[str, float | None]], now: float) -> None:  # noqa: ARG002
+    def retain(self, authorizations: Mapping[str, Mapping[str, float | None]], now: float) -> None:
         """Withdraw what is not listed and set the listed expiries; clients left empty go at the next tick."""
         for client in self._clients.values():
-            if client.retain(authorizations.get(client.id, {})):
+            if client.retain(authorizations.get(client.id, {}), now):
                 self._events.append(Revoked(client.id))
 
     def update_filters(self, resource: Resource) -> None:
@@ -160,10 +160,10 @@ class Tunnel:
             if client.update_filters(resource):
                 self._events.append(Revoked(client.id))
 
-    def set_expiry(self, client_id: str, resource_id: str, expires: float | None, now: float) -> None:  # noqa: ARG002
+    def set_expiry(self, client_id: str, resource_id: str, expires: float | None, now: float) -> None:
         """Let one grant end at another time; unknown pairs are ignored."""
         client = self._clients.get(client_id)
-        if client is not None and client.set_expiry(resource_id, expires):
+        if client is not None and client.set_expiry(resource_id, expires, now):
             self._events.append(Revoked(client_id))
 
     def forget(self, client_id: str) -> None:

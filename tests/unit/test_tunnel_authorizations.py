@@ -11,7 +11,7 @@ from fzg.tunnel import client as client_module
 from fzg.tunnel import tunnel as tunnel_module
 from fzg.tunnel.events import ClientEmpty, Deliver, Drop, Forward, Revoked
 from fzg.tunnel.filters import TcpFilter, UdpFilter
-from fzg.tunnel.resources import CidrResource, DnsResource
+from fzg.tunnel.resources import CidrResource, DnsResource, InternetResource
 from tests.unit.tunnel_world import (
     A4,
     A6,
@@ -377,6 +377,31 @@ def test_every_narrowing_revokes_before_the_next_packet(world):
         world.drain()
         narrow()
         assert Revoked(A) in world.drain()
+
+
+@pytest.mark.parametrize("renew", ["grant", "init", "expiry"])
+def test_an_internet_resource_that_comes_back_before_a_tick_saw_its_end_voids_what_networks_let_pass(world, renew):
+    world.internet(number=9, expires=world.now + 0.2)
+    world.drain()
+    world.now += 0.3
+    assert world.passes(TO1), "the network is consulted again"
+    world.drain()
+    later = world.now + 1000
+    if renew == "grant":
+        world.tunnel.grant(A, packed(A4), packed(A6), InternetResource(R9), later, world.now)
+    elif renew == "init":
+        world.tunnel.retain({A: {R1: None, R2: None, R9: later}, B: {R3: None}}, world.now)
+    else:
+        world.tunnel.set_expiry(A, R9, later, world.now)
+    assert world.drain() == [Revoked(A)]
+    assert world.refusal(TO1) == (3, 0)
+
+
+def test_an_internet_resource_that_is_renewed_in_time_voids_nothing(world):
+    world.internet(number=9, expires=world.now + 10)
+    world.drain()
+    world.tunnel.set_expiry(A, R9, world.now + 1000, world.now)
+    assert world.drain() == []
 
 
 def test_taking_over_an_address_revokes_the_previous_owner(world):
