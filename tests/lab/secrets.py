@@ -66,7 +66,7 @@ class Watch:
                 continue
             self.secrets[form] = self._fresh[form] = what
             longest = max(_WORD.findall(form), key=len, default="")
-            if len(longest) >= LEAST_LENGTH * 2:
+            if len(longest) >= LEAST_LENGTH * 2 and not _UUID.fullmatch(longest):
                 self._words[longest] = what
 
     def add_message(self, message: Any) -> None:
