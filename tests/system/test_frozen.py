@@ -56,7 +56,10 @@ def plain(frozen, shared_directory):
 
 @pytest.fixture
 def open_node(namespace, shared_directory):
-    """/dev/net/tun as distributions ship it: open to everybody."""
+    """/dev/net/tun as distributions ship it, open to everybody, on a host where no gateway ever ran."""
+    state = shared_directory / f"{namespace.name}-var-lib"
+    state.mkdir()
+    namespace.bind("/var/lib", state)
     node = shared_directory / namespace.name
     os.mknod(node, 0o666 | 0o020000, os.makedev(10, 200))
     node.chmod(0o666)
