@@ -17,6 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 A_BLOCK = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BEFORE_IT_IS_INSTALLED = {"README.md", "install.md"}
 # What make targets do has tests of its own, and they take minutes.
 OF_MAKE = re.compile(r"^\s*make\b")
 # A gateway that runs in the foreground, and what asks it, are the business of test_frozen and test_health.
@@ -27,7 +28,7 @@ pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.needs("unshare", "
 
 def blocks():
     return [
-        pytest.param(block, id=f"{page.name}-{number}")
+        pytest.param(page.name, block, id=f"{page.name}-{number}")
         for page in PAGES
         for number, block in enumerate(A_BLOCK.findall(page.read_text()), 1)
     ]
@@ -49,8 +50,8 @@ def download(frozen, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("block", blocks())
-def test_each_command_ends_well(block, download):
+@pytest.mark.parametrize(("page", "block"), blocks())
+def test_each_command_ends_well(page, block, download):
     wanted = commands(block)
     if not wanted:
         return
@@ -59,7 +60,7 @@ def test_each_command_ends_well(block, download):
         "mount --make-rprivate /",
         "mount -t tmpfs tmpfs /usr/local/bin",
         "printf '#!/bin/sh\\nexec \"$@\"\\n' > /usr/local/bin/sudo && chmod 755 /usr/local/bin/sudo",
-        "cp -p firezone-gateway /usr/local/bin/" if "install " not in block and "firezone-gateway" in block else ":",
+        ":" if page in BEFORE_IT_IS_INSTALLED else "cp -p firezone-gateway /usr/local/bin/",
         "ip link set lo up",
         "export PATH=/usr/local/bin:$PATH",
         *wanted,
