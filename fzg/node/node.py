@@ -397,7 +397,7 @@ class Node:
         _LOG.debug(
             "Candidates offered cid=%s reported=%d offered=%d",
             client_id,
-            self.relays.reported_count(relay_id),
+            self.relays.reported_count(relay_id) + len(self._hosts),
             len(agent.local_candidates()),
         )
         self._settle(connection, now)
@@ -576,8 +576,9 @@ class Node:
             # Taken all at once: settling one comes back here, and must not begin with the rest.
             homeless, self._homeless = self._homeless, {}
             for connection in homeless.values():
-                self._migrate(connection, now)
-                self._settle(connection, now)
+                if self._connections.get(connection.client_id) is connection:
+                    self._migrate(connection, now)
+                    self._settle(connection, now)
 
     def _drain_relays(self, now: float) -> Sequence[Connection]:
         touched: dict[int, Connection] = {}
