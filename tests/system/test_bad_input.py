@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import socket
@@ -219,6 +220,19 @@ def test_a_portal_that_nothing_listens_for(namespace, start):
     assert 15 <= time.monotonic() - began < 30
     assert len(re.findall("dialling again", gateway.output)) == 15
     assert "Connection refused" in line
+
+
+@pytest.mark.spec("OPS-60")
+def test_first_attempts_come_once_a_second_and_a_rate_limit_is_obeyed(portal, start):
+    """Gateways behind one public address share the portal's bucket of one connection a second."""
+    busy = '{"code":"rate_limit","detail":"Too many connections"}'
+    portal.refusals = [Refusal(500), Refusal(409), Refusal(503, busy, PROBLEM | {"Retry-After": "3"}), Refusal(500)]
+    start(portal=portal).wait_ready()
+    gaps = [after - before for before, after in itertools.pairwise(portal.request_times)]
+    assert len(gaps) == 4
+    assert min(gaps) >= 0.98  # a request may be under way longer than the one after it
+    assert 3.0 <= gaps[2] < 4.0
+    assert max(gaps[0], gaps[1], gaps[3]) < 2.0
 
 
 @pytest.mark.spec("OPS-23")
