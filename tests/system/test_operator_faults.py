@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import socket
 import subprocess
 import time
@@ -15,6 +16,7 @@ from gevent import ssl
 from test_host_network import DOCKER
 
 from tests.lab.certificates import Authority
+from tests.lab.process import REPOSITORY
 from tests.lab.scripted_portal import Refusal, ScriptedPortal
 
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.needs("namespaces", "tun", "ip", "nft")]
@@ -396,7 +398,9 @@ def test_the_disk_is_full(namespace, portal, start, tmp_path):
 
 
 def test_every_disk_is_full(namespace, portal, start):
-    fill = "for place in /var/lib /tmp /var/tmp /run; do mount -t tmpfs -o size=16k none $place; "
+    fill = f"here={shlex.quote(str(REPOSITORY))}; exec 9<$here; "
+    fill += "for place in /var/lib /tmp /var/tmp /run; do mount -t tmpfs -o size=16k none $place; "
+    fill += "case $here in $place/*) mkdir -p $here; mount --bind /proc/self/fd/9 $here;; esac; "
     fill += "cat /dev/zero > $place/fill 2> /dev/null || true; done; cd /proc; "
     full = (*OWN_MOUNTS, "sh", "-ec", fill + 'exec "$@"', "sh")
     found = doctor(namespace, portal=portal, prefix=full, FIREZONE_CONTROL_SOCKET=None)

@@ -41,6 +41,7 @@ def test_an_engine_that_was_asked_for_is_named_with_the_reason(monkeypatch):
 
 
 def test_an_engine_that_is_missing_is_named_with_the_reason(monkeypatch):
+    monkeypatch.delenv("FZG_REQUIRE_NATIVE", raising=False)
     monkeypatch.setitem(__import__("sys").modules, "fzg.dataplane._native", None)
     assert verbose()[1]["engine"] == "pure, several times slower: the native engine was not built"
 
