@@ -222,6 +222,9 @@ class Gateway:
         self.node.note_activity(client_id, now)
         if self._taps and (tap := self._taps.get(peer)) is not None:
             tap(packet, now)
+        if path is not None and self.node.answer_probe(client_id, packet, *path, now):
+            self._settle(now)
+            return
         match self.tunnel.handle_inner_packet(client_id, packet, ecn, now, path):
             case Forward(packet=forwarded, flow=flow):
                 self.engine.write_tun(forwarded, peer)

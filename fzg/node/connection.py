@@ -11,7 +11,7 @@ from fzg.ice.agent import AgentState, Nominated, Role, StateChanged
 from fzg.node.path import Path, path_of
 from fzg.sansio import Deadline, EcnCodepoint, Transmit, earliest
 from fzg.turn.events import Use
-from fzg.wire import channel_data, ip
+from fzg.wire import channel_data, ip, probe
 from fzg.wire.candidate import Kind
 from fzg.wire.wireguard import MessageType
 from fzg.wireguard.peer import Expired, HandshakeCompleted
@@ -63,6 +63,8 @@ class Identity(NamedTuple):
     preshared_key: Secret[bytes]
     local: Credentials
     remote: Credentials
+    is_iceless: bool = False
+    """Negotiated without ICE (connectivity 6), which is not offered yet; of it there are the answers to probes only."""
 
 
 class Failure(Enum):
@@ -218,6 +220,20 @@ class Connection:
         if not self._transmit(datagram, now, ip.ecn_of(packet), self.handle if revocable else None):
             return NO_CHANNEL
         return None
+
+    def answer_probe(self, packet: bytes, source: Endpoint, local: Endpoint, now: float) -> bool:
+        """Whether this was a probe of a path without ICE; the answer takes the way that it came (tunnel 6.7)."""
+        if not self.identity.is_iceless or (reply := probe.answer(packet)) is None:
+            return False
+        datagram = self._engine.seal(self.handle, reply, now)
+        if datagram is None:
+            return True
+        self.note_activity(now)
+        if self._relays.is_relay(source):
+            self._transmit(datagram, now)
+        else:
+            self._out.append(Transmit(source, datagram, local.ip))
+        return True
 
     def handle_timeout(self, now: float) -> None:
         """In the order of 2.5: agent, idle, candidate timeout, disconnect grace, WireGuard."""

@@ -262,6 +262,14 @@ class Node:
             self._collect(connection)
         return reason
 
+    def answer_probe(self, client_id: str, packet: bytes, source: Endpoint, local: Endpoint, now: float) -> bool:
+        """Whether an inner packet was a probe, which the policy must not see."""
+        connection = self._connections.get(client_id)
+        if connection is None or not connection.answer_probe(packet, source, local, now):
+            return False
+        self._settle(connection, now)
+        return True
+
     # -- ends
 
     def close(self, client_id: str, now: float) -> None:
