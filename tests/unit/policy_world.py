@@ -118,6 +118,9 @@ class BareNode:
         self.out.append(Transmit(line.endpoint, payload, GATEWAY.ip, ecn, line.handle if revocable else None))
         return None
 
+    def answer_probe(self, client_id: str, packet: bytes, source: Endpoint, local: Endpoint, now: float) -> bool:
+        return False
+
     def close(self, client_id: str, now: float) -> None:
         if client_id in self.lines:
             self.goodbyes.append(client_id)
