@@ -9,7 +9,6 @@ import signal
 import socket
 import sys
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -111,7 +110,7 @@ class _GatewayCommand(click.Command):
         if _COMMAND not in ctx.meta:
             return super().shell_complete(ctx, incomplete)
         name = ctx.meta[_COMMAND][0]
-        own: click.Command = import_module(commands.COMMANDS[name]).command
+        own = commands.load(name)
         return own.shell_complete(click.Context(own, info_name=name, parent=ctx), incomplete)
 
 

@@ -28,13 +28,18 @@ COMMANDS = {
 }
 
 
+def load(name: str) -> click.Command:
+    """The command of this word; its module is imported only now."""
+    command: click.Command = import_module(COMMANDS[name]).command
+    return command
+
+
 def run(name: str, arguments: Sequence[str], options: dict[str, Any]) -> int:
     """The exit code of one command; raises click's errors."""
-    command: click.Command = import_module(COMMANDS[name]).command
     hub = gevent.get_hub()
     hub.NOT_ERROR = (*hub.NOT_ERROR, KeyboardInterrupt)  # what the user wishes needs no traceback
     try:
-        code: int | None = command.main(
+        code: int | None = load(name).main(
             args=list(arguments), prog_name=f"firezone-gateway {name}", standalone_mode=False, obj=options
         )
     except OSError as error:  # commands see to those of their own files, click to a reader that left
