@@ -23,8 +23,9 @@ from pyroute2.netlink.nfnetlink.nftsocket import (
 )
 
 from fzg.host import nft_ruleset as ruleset
+from fzg.host.dns_server import PORT as DNS_PORT
 from fzg.host.netlink_socket import NetlinkError
-from fzg.host.nft_arrival import DNS_PORT, LOADS, Arrival, Registers, extension_matches, value_of
+from fzg.host.nft_arrival import LOADS, Arrival, Registers, extension_matches, value_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
