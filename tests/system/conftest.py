@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,42 @@ def frozen():
         if not file.exists() or file.stat().st_mtime < max(path.stat().st_mtime for path in ingredients()):
             subprocess.run([REPOSITORY / "packaging" / "freeze", sys.executable], check=True)
     return file
+
+
+@pytest.fixture(scope="module")
+def shared_directory():
+    """A directory that every user may enter."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+@pytest.fixture(scope="module")
+def capable(frozen, shared_directory):
+    """A copy with the file capability, as README tells the operator to make it."""
+    copy = shared_directory / "firezone-gateway"
+    shutil.copy(frozen, copy)
+    subprocess.run(["setcap", "cap_net_admin+eip", copy], check=True)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def plain(frozen, shared_directory):
+    copy = shared_directory / "without-capability"
+    shutil.copy(frozen, copy)
+    return copy
+
+
+@pytest.fixture
+def open_node(namespace, shared_directory):
+    """/dev/net/tun as distributions ship it, open to everybody, on a host where no gateway ever ran."""
+    state = shared_directory / f"{namespace.name}-var-lib"
+    state.mkdir()
+    namespace.bind("/var/lib", state)
+    node = shared_directory / namespace.name
+    os.mknod(node, 0o666 | 0o020000, os.makedev(10, 200))
+    node.chmod(0o666)
+    namespace.bind("/dev/net/tun", node)
 
 
 def ingredients():

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from doctor_process import control_of, doctor
 from gateway_process import SOURCE, TOKEN, inside
-from test_frozen import capable, open_node, shared_directory  # noqa: F401 - pytest finds them by name
 from test_host_network import DOCKER, FIREWALLD
 from test_portal_dialling import tls_server
 
@@ -120,7 +119,7 @@ def test_an_ordinary_user_beside_a_running_gateway_sees_nothing_fail(namespace, 
 
 @pytest.mark.needs("setpriv", "setcap", "objdump", "strip")
 @pytest.mark.usefixtures("open_node")
-def test_the_shipped_file_with_its_capability_examines_the_host_for_an_ordinary_user(namespace, portal, capable):  # noqa: F811
+def test_the_shipped_file_with_its_capability_examines_the_host_for_an_ordinary_user(namespace, portal, capable):
     namespace.nft(DOCKER)
     found = doctor(namespace, portal=portal, prefix=NOBODY, command=(capable,))
     assert found.failed() == {"ipv4"}

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -28,42 +27,6 @@ NOBODY = "65534"
 CAP_NET_ADMIN = 1 << 12
 ORDINARY_USER = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
 AMBIENT = [*ORDINARY_USER, "--no-new-privs", "--inh-caps=-all,+net_admin", "--ambient-caps=-all,+net_admin"]
-
-
-@pytest.fixture(scope="module")
-def shared_directory():
-    """A directory that every user may enter."""
-    with tempfile.TemporaryDirectory() as name:
-        Path(name).chmod(0o755)
-        yield Path(name)
-
-
-@pytest.fixture(scope="module")
-def capable(frozen, shared_directory):
-    """A copy with the file capability, as README tells the operator to make it."""
-    copy = shared_directory / "firezone-gateway"
-    shutil.copy(frozen, copy)
-    subprocess.run(["setcap", "cap_net_admin+eip", copy], check=True)
-    return copy
-
-
-@pytest.fixture(scope="module")
-def plain(frozen, shared_directory):
-    copy = shared_directory / "without-capability"
-    shutil.copy(frozen, copy)
-    return copy
-
-
-@pytest.fixture
-def open_node(namespace, shared_directory):
-    """/dev/net/tun as distributions ship it, open to everybody, on a host where no gateway ever ran."""
-    state = shared_directory / f"{namespace.name}-var-lib"
-    state.mkdir()
-    namespace.bind("/var/lib", state)
-    node = shared_directory / namespace.name
-    os.mknod(node, 0o666 | 0o020000, os.makedev(10, 200))
-    node.chmod(0o666)
-    namespace.bind("/dev/net/tun", node)
 
 
 @pytest.mark.spec("OPS-4")

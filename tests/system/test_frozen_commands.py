@@ -12,7 +12,7 @@ import pytest
 from gateway_process import Gateway
 from test_command_line import AUTHORIZATION, CLIENT, RELAY
 from test_control_socket import operator
-from test_frozen import ORDINARY_USER, capable, open_node, plain, shared_directory  # noqa: F401 - fixtures
+from test_frozen import ORDINARY_USER
 
 pytestmark = [
     pytest.mark.root,
@@ -35,7 +35,7 @@ def private(tmp_path):
     return directory
 
 
-def test_an_ordinary_user_asks_the_gateway_that_it_runs(namespace, portal, open_node, capable, private):  # noqa: F811
+def test_an_ordinary_user_asks_the_gateway_that_it_runs(namespace, portal, open_node, capable, private):
     init = portal.push_after_join[0][1] | {"relays": [RELAY]}
     portal.push_after_join = [("init", init)]
     socket = str(private / "control.sock")

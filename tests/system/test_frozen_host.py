@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from pathlib import Path
 
@@ -38,27 +36,10 @@ VERSION_LINE = "firezone-gateway 1.6.1\n"
 OLD_S = 3600.0
 
 
-@pytest.fixture(scope="module")
-def folder():
-    """A directory that every user may enter."""
-    with tempfile.TemporaryDirectory() as name:
-        Path(name).chmod(0o755)
-        yield Path(name)
-
-
-@pytest.fixture(scope="module")
-def capable(frozen, folder):
-    """A copy with the file capability, as the documentation tells the operator to make it."""
-    copy = folder / "firezone-gateway"
-    shutil.copy(frozen, copy)
-    subprocess.run(["setcap", "cap_net_admin+eip", copy], check=True)
-    return copy
-
-
 @pytest.fixture
-def own(namespace, folder):
+def own(namespace, shared_directory):
     """A directory of the test's own that every user may enter."""
-    path = folder / namespace.name
+    path = shared_directory / namespace.name
     path.mkdir()
     path.chmod(0o755)
     return path

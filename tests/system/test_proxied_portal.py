@@ -8,7 +8,7 @@ import logging
 import pytest
 from gateway_process import INIT, SOURCE, inside
 from portal_world import Gateway, Impatient
-from test_frozen import ORDINARY_USER, capable, open_node, shared_directory  # noqa: F401 - fixtures
+from test_frozen import ORDINARY_USER
 from test_portal_dialling import tls_client, tls_server
 
 from fzg.portal.proxy import Proxy
