@@ -1,4 +1,4 @@
-"""Since when the portal is away, for metrics and status."""
+"""Since when the portal is away, for metrics and the service manager."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ from __future__ import annotations
 class PortalWatch:
     """Told of joins and failures by the process; `since` is when the present outage began, None while joined."""
 
-    __slots__ = ("hiccups", "joins", "since")
+    __slots__ = ("hiccups", "since")
 
     def __init__(self, now: float) -> None:
         self.hiccups = 0
-        self.joins = 0
         self.since: float | None = now
 
     def handle_joined(self) -> None:
         """The room is joined."""
-        self.joins += 1
         self.since = None
 
     def handle_failure(self, now: float) -> None:
