@@ -114,6 +114,7 @@ void engine_transmit(struct engine *engine, const struct endpoint *destination, 
 bool engine_seal(struct engine *engine, struct peer *peer, const uint8_t *packet, uint32_t size, double now,
                  uint8_t *message);
 void engine_revoke(struct engine *engine, struct peer *peer);
+bool engine_flush_udp(struct engine *engine);
 bool engine_flush(struct engine *engine);
 
 /* WireGuard's data message (whitepaper 5.4.6) and ChannelData (RFC 8656 12.4). */
