@@ -34,11 +34,11 @@ class Untranslated:
 
     def take(self, value: int, source: bytes) -> list[FlowKey]:
         """Those from this IP to this value, which are forgotten."""
-        if not self._recent:
+        if not self._recent and not self._older:
             return []
         return self._recent.pop((value, source), []) + self._older.pop((value, source), [])
 
     def prune(self, now: float) -> None:
         """Forget all once none can be cached any more."""
-        if self._recent and now - self._since >= 2 * self._validity:
+        if (self._recent or self._older) and now - self._since >= 2 * self._validity:
             self._recent, self._older = {}, {}

@@ -93,3 +93,15 @@ def test_what_may_be_cached_is_remembered_for_that_long_and_then_forgotten():
     flows.note(1, b"real", key, 40.0)
     flows.prune(42.0)
     assert flows.take(1, b"real") == []
+
+
+def test_taking_the_newest_ones_leaves_the_older_ones_to_be_taken_or_forgotten():
+    flows = Untranslated(1.0)
+    key, other = (17, b"real", b"ours", 53, 5000), (17, b"real", b"ours", 53, 5001)
+    flows.note(3, b"real", other, 10.0)
+    flows.note(1, b"real", key, 10.5)
+    flows.note(2, b"real", other, 11.0)
+    assert flows.take(2, b"real") == [other]
+    assert flows.take(1, b"real") == [key], "it may be cached until 11.5"
+    flows.prune(13.0)
+    assert flows.take(3, b"real") == []
