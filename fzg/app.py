@@ -26,6 +26,7 @@ from fzg.host.network import INTERFACE, HostError, HostNetwork, MasqueradeMode, 
 from fzg.host.resolver import Resolver
 from fzg.node.node import Node
 from fzg.ops import control, logs
+from fzg.ops.checksums import validating
 from fzg.ops.drain import Drain
 from fzg.ops.flow_logs import FlowLogs
 from fzg.ops.health import Health
@@ -140,9 +141,10 @@ class App:
         except (url.InvalidUrl, InvalidProxy, HostError) as error:
             raise FatalError(str(error)) from error
         try:
-            self._engine = traced(make_engine())
+            engine = make_engine()
         except EngineUnavailableError as error:
             raise FatalError(str(error)) from error
+        self._engine = traced(validating(engine) if settings.validate_checksums else engine)
         self._open_sockets()
         self._open_tun()
         self._clock_steps = clock.StepDetector(now, time.time())

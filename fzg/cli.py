@@ -186,7 +186,7 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
     default="sentry",
     type=click.Choice([str(m) for m in MetricsExporter]),
     metavar="WORD",
-    help="`prometheus` serves /metrics on the health address; other words are accepted and have none.",
+    help="`prometheus` serves /metrics on the health address; other words are accepted and without effect.",
 )
 @_option("--otlp-grpc-endpoint", env="OTLP_GRPC_ENDPOINT", metavar="HOST:PORT", hidden=True)
 @_option("--validate-checksums", is_flag=True, env="FIREZONE_VALIDATE_CHECKSUMS", hidden=True)

@@ -30,9 +30,8 @@ systemd credential, since arguments are visible to every user of the host.
 # Options that --help leaves out, as the reference does: they are for developers, or change nothing here.
 _HIDDEN = {
     "api_url": "The portal. Default: `wss://api.firezone.dev`.",
-    "metrics": "Accepted and without effect.",
     "otlp_grpc_endpoint": "Accepted and without effect.",
-    "validate_checksums": "Accepted and without effect.",
+    "validate_checksums": "Debug aid: WARN of packets from the TUN whose checksum is wrong. Several times slower.",
     "tun_fd": "Use this inherited descriptor instead of a TUN device.",
 }
 

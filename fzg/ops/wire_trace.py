@@ -5,17 +5,17 @@ whom, how long. Never what is in them: names, passwords and users' data are nobo
     wire::turn::send, wire::turn::recv   those of them that belong to TURN, with the relay's words
     wire::dev::send, wire::dev::recv     packets written to and read from the TUN
 
-Only while one of these is asked for, the packet engine gets a wrapper that logs; and it then keeps no flows, so that
-every packet passes here, at the price of speed.
+Only while one of these is asked for, the packet engine gets a wrapper that logs (see `ObservedEngine`).
 """
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Final, cast
 
 from fzg.dataplane.engine import Datagram, InnerPacket, OutboundPacket
 from fzg.ops.logs import TRACE
+from fzg.ops.observed_engine import ObservedEngine
 from fzg.wire import Malformed, channel_data, ip, stun, wireguard
 from fzg.wire.endpoint import Endpoint
 
@@ -47,57 +47,37 @@ def traced(engine: Engine) -> Engine:
     """The engine itself, or, where the log's filter lets any of the targets through, one that logs what passes."""
     if not any(logger.isEnabledFor(TRACE) for logger in _ALL):
         return engine
-    return cast("Engine", _Traced(engine))
+    return cast("Engine", _TracedEngine(engine))
 
 
-class _Traced:
-    """Passes everything on to an engine; overrides what carries packets between it and the core."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.traced_engine = engine
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.traced_engine, name)
-
-    @property
-    def __class__(self) -> type[Any]:
-        """Who asks which engine this is gets to know the real one."""
-        return type(self.traced_engine)
-
-    @__class__.setter
-    def __class__(self, _: object) -> None:
-        raise AttributeError("an engine does not change its class")
-
-    def install_flow(self, *_: object, **__: object) -> None:
-        """No flow: the core decides on each packet, by the same rules, and we see it."""
-
+class _TracedEngine(ObservedEngine):
     def receive_udp(self, family: int, now: float) -> Sequence[Item]:
         """What came from the network."""
-        return _received(self.traced_engine.receive_udp(family, now))
+        return _received(self.observed.receive_udp(family, now))
 
     def handle_datagram(self, datagram: Datagram, now: float) -> Sequence[Item]:
         """The same from memory."""
-        return _received(self.traced_engine.handle_datagram(datagram, now))
+        return _received(self.observed.handle_datagram(datagram, now))
 
     def receive_tun(self, now: float) -> Sequence[Item]:
         """What the kernel routed to the TUN."""
-        return _read(self.traced_engine.receive_tun(now))
+        return _read(self.observed.receive_tun(now))
 
     def handle_packet(self, packet: bytes, now: float) -> Sequence[Item]:
         """The same from memory."""
-        return _read(self.traced_engine.handle_packet(packet, now))
+        return _read(self.observed.handle_packet(packet, now))
 
     def write_tun(self, packet: bytes, peer: int | None = None) -> None:
         """What goes to the network behind the gateway."""
         if _DEV_SEND.isEnabledFor(TRACE):
             _DEV_SEND.log(TRACE, described(packet), extra={"num_bytes": len(packet)})
-        self.traced_engine.write_tun(packet, peer)
+        self.observed.write_tun(packet, peer)
 
     def transmit(self, transmit: Transmit) -> None:
         """What goes to clients and relays."""
         source = None if transmit.source is None else Endpoint(transmit.source, 0)
         _log_datagram(_NET_SEND, _TURN_SEND, transmit.payload, source=source, destination=transmit.destination)
-        self.traced_engine.transmit(transmit)
+        self.observed.transmit(transmit)
 
 
 def _received(items: Sequence[Item]) -> Sequence[Item]:
@@ -162,7 +142,6 @@ def described(packet: bytes) -> str:
         parsed = ip.parse(packet)
     except Malformed as error:
         return f"malformed: {error}"
-    protocol = _PROTOCOLS.get(parsed.protocol, f"protocol {parsed.protocol}")
     ends = [
         str(Endpoint(address, value & 0xFFFF)) if value is not None else Endpoint(address, 0).host
         for address, value in (
@@ -171,4 +150,9 @@ def described(packet: bytes) -> str:
         )
     ]
     flags = "".join(f" {name}" for bit, name in _TCP_FLAGS.items() if parsed.tcp_flags & bit)
-    return f"{protocol} {ends[0]} > {ends[1]}{flags}"
+    return f"{protocol_name(parsed.protocol)} {ends[0]} > {ends[1]}{flags}"
+
+
+def protocol_name(number: int) -> str:
+    """What an IP protocol is called."""
+    return _PROTOCOLS.get(number, f"protocol {number}")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 
 import pytest
-from gateway_process import INIT, Gateway, portal_in
+from gateway_process import INIT, Gateway, inside, portal_in
 
 from tests.lab.process import wait_until
 from tests.lab.scenario import Lab
 from tests.lab.scripted_portal import wait_until as hub_wait_until
+from tests.unit.dataplane_world import udp
 
 pytestmark = [pytest.mark.needs("root", "ip", "nft", "setpriv", "unshare", "tun"), pytest.mark.slow]
 
@@ -117,3 +119,17 @@ def test_each_step_in_the_life_of_a_connection_is_a_line():
         assert (revoked[0]["cid"], revoked[0]["rid"]) == (client, resource)
         wait_until(lambda: said("Connection closed: no authorization is left"), timeout=5, what="it is closed")
         assert {entry["level"] for entry in entries()} == {"INFO"}
+
+
+def test_validate_checksums_tells_of_wrong_ones_that_the_network_sends(lab_network):
+    namespace = lab_network.namespace("checksums")
+    wrong = udp(source=bytes((10, 0, 0, 5)), destination=bytes((100, 64, 0, 9)))[:-1] + b"?"
+    with portal_in(namespace) as portal:
+        gateway = Gateway(namespace, "--validate-checksums", portal=portal)
+        try:
+            gateway.says("New routes set")
+            with inside(namespace), socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW) as raw:
+                raw.sendto(wrong, ("100.64.0.9", 0))
+            gateway.says(r" WARN .*A packet from the network has a wrong checksum protocol=UDP num_bytes=29")
+        finally:
+            gateway.stop()

@@ -35,7 +35,7 @@ def test_one_target_is_enough(caplog, target):
     tracing(caplog, target)
     engine = PureEngine()
     wrapped = traced(engine)
-    assert wrapped.traced_engine is engine
+    assert wrapped.observed is engine
     assert isinstance(wrapped, PureEngine), "who asks which engine runs gets the right answer"
     assert wrapped.counters() == {}
 
