@@ -15,7 +15,6 @@ from gevent.event import AsyncResult, Event
 from gevent.pool import Pool
 from gevent.threadpool import ThreadPool
 
-from fzg.dataplane.engine import Datagram, FlowReport, InnerPacket, OutboundPacket, SessionConfirmed
 from fzg.dataplane.select import EngineUnavailableError, make_engine
 from fzg.gateway import ConfigureHost, ConfigureUploads, Gateway, KeepToken, Resolve, SendToPortal
 from fzg.host import clock, trust, tun, udp
@@ -41,6 +40,7 @@ from fzg.portal.backoff import Reconnect
 from fzg.portal.dial import DialOptions
 from fzg.portal.proxy import InvalidProxy, proxy_for
 from fzg.portal.websocket import Login, PortalConnection
+from fzg.pumps import Pumps
 from fzg.tunnel.flow_record import FlowRecord
 from fzg.tunnel.ranges import PEER_V4, PEER_V6
 from fzg.tunnel.tunnel import Tunnel
@@ -51,7 +51,6 @@ from fzg.wireguard.keys import KeyPair
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from fzg.dataplane.engine import Item
     from fzg.host.network import Configured
     from fzg.portal.messages import CandidateBroadcast, Inbound
     from fzg.settings import Settings
@@ -81,9 +80,6 @@ class App:
         self._settings = settings
         self._stop: AsyncResult[None] = AsyncResult()
         self._wake = Event()
-        self._congested = Event()
-        self._flowing = Event()
-        self._flowing.set()
         self._host_thread = ThreadPool(1)
         self._resolutions = Pool(CONCURRENT_RESOLUTIONS)
         self._tun_configured = settings.tun_fd is not None
@@ -158,6 +154,7 @@ class App:
             now=now,
             flow_logs=settings.flow_logs,
         )
+        self._pumps = Pumps(self._engine, self._gateway, settle=self._drain)
         self._resolver = Resolver(mark=self._mark)
         if self._resolver.problem:
             _LOG.warning(self._resolver.problem)
@@ -206,10 +203,10 @@ class App:
         self._control = control.ControlServer(control.places(os.environ), requests.handlers())
         self._control.start()
         self._essential("timer", self._run_timer)
-        self._essential("flusher", self._run_flusher)
+        self._essential("flusher", self._pumps.run_flusher)
         for opened in self._sockets:
-            self._essential("udp", self._run_pump, opened.socket.fileno(), self._receive_udp, opened.family)
-        self._essential("tun", self._run_pump, self._tun_fd, self._receive_tun)
+            self._essential("udp", self._pumps.run_udp, opened.socket.fileno(), opened.family)
+        self._essential("tun", self._pumps.run_tun, self._tun_fd)
         self._essential("portal", self._portal.run)
         gevent.spawn(self._run_repair)
         gevent.spawn(self._run_address_watch)
@@ -386,81 +383,16 @@ class App:
                 extra={"refused": refused},
             )
 
-    def _run_pump(self, fd: int, receive: Callable[..., Sequence[Item]], *arguments: int) -> None:
-        """Wait for the descriptor's own watcher before each bounded turn, so that no socket starves (design 3).
-
-        While the engine has a backlog the watcher is that of a descriptor which is always readable.
-        """
-        hub = gevent.get_hub()
-        watcher, at_once = hub.loop.io(fd, 1), hub.loop.io(os.eventfd(1), 1)
-        family = arguments[0] if arguments else None
-        while True:
-            hub.wait(at_once if self._engine.has_backlog(family) else watcher)
-            now = clock.now()
-            items = receive(*arguments, now)
-            if items:
-                self._dispatch(items, now)
-                self._drain()
-            else:  # the engine settled everything, so the core has nothing to say
-                self._flush()
-
-    def _receive_udp(self, family: int, now: float) -> Sequence[Item]:
-        return self._engine.receive_udp(family, now)
-
-    def _receive_tun(self, now: float) -> Sequence[Item]:
-        if not self._flowing.is_set():
-            self._flowing.wait()
-            now = clock.now()
-        try:
-            return self._engine.receive_tun(now)
-        except OSError as error:
-            raise FatalError(f"the TUN device is gone: {error.strerror}; was it deleted?") from error
-
-    def _dispatch(self, items: Sequence[Item], now: float) -> None:
-        """Control first: a flood of data must not delay a handshake found in the same batch."""
-        gateway = self._gateway
-        for item in items:
-            if isinstance(item, Datagram):
-                gateway.handle_datagram(item.payload, item.source, item.local, now)
-        for item in items:
-            match item:
-                case Datagram():
-                    pass
-                case SessionConfirmed(local_index=local_index):
-                    gateway.handle_session_confirmed(local_index, now)
-                case InnerPacket(peer=peer, packet=packet, ecn=ecn, source=source, local=local):
-                    gateway.handle_inner_packet(peer, packet, ecn, now, (source, local))
-                case OutboundPacket(packet=packet):
-                    gateway.handle_outbound_packet(packet, now)
-                case FlowReport():
-                    gateway.handle_flow_report(*item)
-
-    def _run_flusher(self) -> None:
-        """Write on what full kernel queues refused; the TUN is not read meanwhile, so nothing overtakes."""
-        hub = gevent.get_hub()
-        while True:
-            self._congested.wait()
-            while not self._engine.flush():
-                for fd in self._engine.congested():
-                    hub.wait(hub.loop.io(fd, 2))
-            self._congested.clear()
-            self._flowing.set()
-
     def _drain(self) -> None:
         """Carry out everything the core decided; called after every input, switches to no other greenlet."""
         gateway, engine = self._gateway, self._engine
         while (transmit := gateway.poll_transmit()) is not None:
             engine.transmit(transmit)
-        self._flush()
+        self._pumps.flush()
         self._carry_out()
         deadline = gateway.poll_timeout()
         if deadline is not None and deadline.at < self._armed_at:
             self._wake.set()
-
-    def _flush(self) -> None:
-        if not self._engine.flush():
-            self._flowing.clear()
-            self._congested.set()
 
     def _carry_out(self) -> None:
         gateway = self._gateway
@@ -603,7 +535,8 @@ class App:
 
 
 def _as_fatal(task: str, error: BaseException) -> FatalError:
-    return error if isinstance(error, FatalError) else FatalError(f"the {task} task ended: {logs.chain(error)}")
+    said = logs.chain(error)
+    return FatalError(said if isinstance(error, HostError) else f"the {task} task ended: {said}")
 
 
 def _report_failure(context: object, kind: type[BaseException], error: BaseException, traceback: Any) -> None:
@@ -611,7 +544,7 @@ def _report_failure(context: object, kind: type[BaseException], error: BaseExcep
 
     What a task of a thread pool raises is raised to whoever waits for it, too: gevent names the worker and the task.
     """
-    if not issubclass(kind, FatalError) and not isinstance(context, tuple):
+    if not issubclass(kind, HostError) and not isinstance(context, tuple):
         _LOG.error("A task failed", exc_info=(kind, error, traceback))
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from fzg.app import App, FatalError, _as_fatal
+from fzg.app import App, _as_fatal
+from fzg.host.errors import HostError
 from fzg.portal.messages import BroadcastIceCandidates, BroadcastInvalidatedIceCandidates
 
 CLIENT = "11111111-2222-4333-8444-555555555555"
@@ -20,8 +21,7 @@ def test_unsent_candidates_go_back_newest_first():
 
 
 def test_a_task_that_ends_with_a_sentence_ends_the_process_with_that_sentence():
-    gone = FatalError("the TUN device is gone")
-    assert _as_fatal("tun", gone) is gone
+    assert str(_as_fatal("tun", HostError("the TUN device is gone"))) == "the TUN device is gone"
 
 
 def test_a_task_that_ends_with_a_mistake_is_named():
