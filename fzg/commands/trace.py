@@ -47,7 +47,7 @@ def command(
     client: str | None,
     as_json: bool,
 ) -> None:
-    r"""Explain what the running gateway would do with a packet. Nothing is sent, counted or opened.
+    """Explain what the running gateway would do with a packet. Nothing is sent, counted or opened.
 
     PROTOCOL is tcp, udp, icmp or a number. SOURCE or DESTINATION is the tunnel address of a client, which decides the
     direction; DESTINATION may also be a name that the client has resolved. IPv6 with a port stands in brackets.
@@ -56,7 +56,7 @@ def command(
     firezone-gateway trace tcp 100.64.0.1 10.0.0.5:443
     firezone-gateway trace udp 100.64.0.1 wiki.example.com:53
     firezone-gateway trace tcp 10.0.0.5:443 100.64.0.1:50000
-    """
+    """  # noqa: D301 - the backspace is click's word for lines that stay as they are
     answer = ask_once(
         "trace",
         protocol=protocol,
@@ -72,6 +72,8 @@ def command(
     for step in answer["steps"]:
         click.echo(printable(f"{_SIGNS[step['outcome']]}  {step['check']:<12} {step['detail']}"))
     click.echo(printable(f"=>    {answer['direction']}: {answer['verdict']}"))
+    if answer["remedy"]:
+        click.echo(printable(f"      remedy: {answer['remedy']}"))
     if answer["passes"]:
         if answer["translated"]:
             click.echo(printable(f"      as {answer['translated']}"))

@@ -12,12 +12,13 @@ from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
 from fzg.dataplane.pure import PureEngine
+from fzg.ops import drops
 from fzg.portal.websocket import State as PortalState
 from fzg.version import VERSION
 from fzg.wire.candidate import Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from fzg.dataplane.engine import Engine
     from fzg.gateway import Gateway
@@ -73,7 +74,7 @@ def overview(
         "nat": _nat(relays),
         "relays": [_relay(each, connections[each.id]) for each in relays],
         "client_count": len(gateway.client_ids),
-        "drops": drops(gateway),
+        "drops": drops.dropped(gateway),
     }
 
 
@@ -101,24 +102,6 @@ def client(gateway: Gateway, client_id: str, now: float) -> dict[str, Any] | Non
         "sent": {"packets": carried.sent_packets, "bytes": carried.sent_bytes},
     }
     return shown | (_connection(gateway, connection, now) if connection is not None else {})
-
-
-def drops(gateway: Gateway) -> dict[str, int]:
-    """Packets and datagrams that went nowhere, by reason, the most frequent first."""
-    found: Counter[str] = Counter()
-    for counted in (gateway.counters, gateway.node.counters, gateway.node.relays.counters):
-        found.update({str(reason): total for reason, total in counted.items()})
-    found.update(_of_engine(gateway.engine.counters()))
-    return dict(found.most_common())
-
-
-def _of_engine(counters: Mapping[str, int]) -> dict[str, int]:
-    prefix = "drop_"
-    return {
-        "engine: " + name.removeprefix(prefix).replace("_", " "): total
-        for name, total in counters.items()
-        if name.startswith(prefix) and total
-    }
 
 
 def _portal(portal: PortalConnection, now: float) -> dict[str, Any]:

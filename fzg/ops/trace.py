@@ -7,6 +7,7 @@ from dataclasses import asdict
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import TYPE_CHECKING, Any
 
+from fzg.ops import drops
 from fzg.ops.control import Refused
 from fzg.tunnel.explain import explain_incoming, explain_outgoing
 from fzg.tunnel.ranges import is_peer
@@ -17,12 +18,30 @@ if TYPE_CHECKING:
 
     from fzg.gateway import Gateway
     from fzg.tunnel.client import Client
+    from fzg.tunnel.explain import Explanation
 
 PROTOCOLS = {"tcp": ip.PROTOCOL_TCP, "udp": ip.PROTOCOL_UDP, "icmp": ip.PROTOCOL_ICMP}
 DEFAULT_SOURCE_PORT = 50_000  # any port of the dynamic range will do where the policy does not look at it
 _TTL = 64
 
 Address = IPv4Address | IPv6Address
+
+# What the operator can do, by the check that decides against a packet and whether a client sent it.
+_REMEDIES = {
+    ("policy", True): "if it should pass: in the portal, a policy and a resource whose filters permit it",
+    ("policy", False): "if it should pass: in the portal, a policy and a resource whose filters permit it",
+    (
+        "client",
+        False,
+    ): "see in `firezone-gateway status` which clients are here; that one has to connect",
+    ("source", True): "send from the client's own tunnel address; what lies behind the client is not carried",
+    ("source", False): "find who sends from an address of the tunnel's: it belongs to clients alone",
+    ("destination", True): "none here: gateways do not carry it",
+    ("destination", False): "route only 100.64.0.0/11 and fd00:2021:1111::/107 to the gateway's interface",
+    ("DNS NAT", True): "look the name up on this host; `firezone-gateway doctor` shows its nameservers",
+    ("NAT session", True): "wait until sessions of the client end, or close some",
+    ("NAT session", False): "the client has to begin the connection anew",
+}
 
 
 def trace(gateway: Gateway, request: Mapping[str, Any], now: float) -> dict[str, Any]:
@@ -48,18 +67,29 @@ def trace(gateway: Gateway, request: Mapping[str, Any], now: float) -> dict[str,
     else:
         told = explain_outgoing(gateway.tunnel, client.id, packet, now)
         holder = client
+    reason = None
+    if told.reason is not None:
+        reason = (drops.TO_CLIENT if incoming else drops.FROM_CLIENT) + told.reason
     shown: dict[str, Any] = {
         "direction": "to client" if incoming else "from client",
         "client": holder.id if holder is not None else None,
         "name": name,
         "steps": [asdict(step) for step in told.steps],
-        "verdict": told.verdict,
+        "verdict": told.verdict if reason is None else f"{told.verdict}: {drops.meaning(reason)}",
+        "reason": reason,
+        "remedy": _remedy(told, outgoing=not incoming),
         "translated": told.translated,
         "passes": told.passes,
     }
     if holder is not None:
         shown["connection"] = _connection(gateway, holder.id)
     return shown
+
+
+def _remedy(told: Explanation, *, outgoing: bool) -> str | None:
+    """None where nothing stopped the packet."""
+    last = told.steps[-1] if told.steps else None
+    return None if last is None or last.outcome != "stop" else _REMEDIES.get((last.check, outgoing))
 
 
 def find_client(gateway: Gateway, wanted: object) -> str:

@@ -48,6 +48,8 @@ class Explanation:
 
     steps: list[Step] = field(default_factory=list)
     verdict: str = ""
+    reason: str | None = None
+    """Of a drop: a `DropReason`."""
     passes: bool = False
     translated: str | None = None
 
@@ -154,7 +156,8 @@ def _follow_incoming(told: Explanation, client: Client, parsed: Packet, now: flo
 
 def _tell_client(told: Explanation, client: Client) -> None:
     addresses = f"{_text(client.ipv4)}, {_text(client.ipv6)}"
-    told.add("client", f"{client.id} ({addresses}) holds {client.resource_count} resources")
+    count = client.resource_count
+    told.add("client", f"{client.id} ({addresses}) holds {count} {'resource' if count == 1 else 'resources'}")
 
 
 def _follow_resources(  # noqa: PLR0917 - what `Client.classify` is asked
@@ -193,11 +196,12 @@ def _covers(client: Client, authorization: Authorization, remote: bytes) -> bool
 def _describe(authorization: Authorization, protocol: int, value: int | None, now: float) -> str:
     if authorization.expires <= now:
         return f"{_name(authorization)}: expired {now - authorization.expires:.0f} s ago"
-    verb = "permit" if authorization.filters.permits(protocol, value) else "do not permit"
     if isinstance(authorization.resource, InternetResource) or not authorization.resource.filters:
         return f"{_name(authorization)}: no filters, {_until(authorization, now)}"
     shown = ", ".join(_filter(each) for each in authorization.resource.filters)
-    return f"{_name(authorization)}: its filters ({shown}) {verb} it, {_until(authorization, now)}"
+    if not authorization.filters.permits(protocol, value):
+        return f"{_name(authorization)}: its filters ({shown}) do not permit it"
+    return f"{_name(authorization)}: its filters ({shown}) permit it, {_until(authorization, now)}"
 
 
 def _name(authorization: Authorization) -> str:
@@ -237,7 +241,7 @@ def _conclude(told: Explanation, verdict: Verdict) -> None:
         case Reply():
             told.verdict = "refused; the client is told by an ICMP error"
         case Drop(reason=reason):
-            told.verdict = f"dropped ({reason})"
+            told.verdict, told.reason = "dropped", reason
         case Consumed():
             told.verdict = "taken as a control message"
 

@@ -87,7 +87,12 @@ def _paragraphs(text: str) -> Iterator[str]:
     for number, paragraph in enumerate(inspect.cleandoc(text).split("\n\n")):
         if number:
             yield ".PP"
-        yield _text(paragraph)
+        if paragraph.startswith("\b\n"):  # click's word for lines that stay as they are
+            yield ".nf"
+            yield from map(_text, paragraph.splitlines()[1:])
+            yield ".fi"
+        else:
+            yield _text(paragraph)
 
 
 def _terms(pairs: Sequence[tuple[str, str]]) -> Iterator[str]:

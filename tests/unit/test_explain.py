@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from fzg.ops.control import Refused
-from fzg.ops.trace import find_client, trace
+from fzg.ops.trace import _REMEDIES, find_client, trace
 from fzg.tunnel.events import Deliver, Forward
 from fzg.tunnel.explain import explain_incoming, explain_outgoing
 from fzg.tunnel.filters import IcmpFilter, TcpFilter, UdpFilter
@@ -162,11 +162,11 @@ def test_explanation_and_policy_agree_on_every_combination_of_ends_and_protocols
             real = copy.deepcopy(w.tunnel).handle_inner_packet(client, packet, 0, w.now)
             assert told.passes is isinstance(real, Forward), (source, destination, told)
             assert (told.steps[-1].outcome == "stop") <= (not told.passes)
-            seen.add(told.verdict)
+            seen.add((told.verdict, told.reason))
         told = explain_incoming(w.tunnel, packet, w.now)
         real = copy.deepcopy(w.tunnel).handle_tun_packet(packet, w.now)
         assert told.passes is isinstance(real, Deliver), (source, destination, told)
-        seen.add(told.verdict)
+        seen.add((told.verdict, told.reason))
         assert state(w.tunnel) == before
     assert len(seen) >= 6
 
@@ -196,6 +196,40 @@ def test_the_source_decides_the_direction_and_the_client():
     shown = ask(w, "tcp", "10.0.0.5|443", f"{A4}|5000")
     assert (shown["direction"], shown["client"], shown["passes"]) == ("to client", A, True)
     assert shown["connection"] == "none: the client is not connected now"
+
+
+def test_what_is_dropped_says_why_in_words_what_to_do_and_under_which_name_it_is_counted():
+    shown = ask(populated(), "tcp", "10.0.1.5|80", f"{A4}|5000")
+    assert shown["verdict"] == "dropped: no resource of the client admits packets from there"
+    assert shown["reason"] == "to client: NotAllowed"
+    assert shown["remedy"] == "if it should pass: in the portal, a policy and a resource whose filters permit it"
+    shown = ask(populated(), "udp", A4, "224.0.0.251|5353")
+    assert shown["verdict"] == "dropped: it goes to a multicast address, which no resource covers"
+    assert shown["reason"] == "from client: Multicast"
+
+
+def test_what_is_refused_has_a_remedy_and_what_passes_needs_none():
+    shown = ask(populated(), "tcp", A4, "10.0.1.5|80")
+    assert (shown["reason"], shown["passes"]) == (None, False)
+    assert shown["remedy"].startswith("if it should pass: in the portal")
+    shown = ask(populated(), "tcp", A4, "10.0.0.5|22")
+    assert (shown["reason"], shown["remedy"], shown["passes"]) == (None, None, True)
+
+
+def test_each_check_that_can_stop_a_packet_has_a_remedy():
+    for packet, passes, *_ in CASES:
+        told = explain_outgoing(populated().tunnel, A, packet, populated().now)
+        assert passes or (told.steps[-1].check, True) in _REMEDIES, told.steps[-1]
+    for packet, passes, *_ in INCOMING:
+        told = explain_incoming(populated().tunnel, packet, populated().now)
+        assert passes or (told.steps[-1].check, False) in _REMEDIES, told.steps[-1]
+
+
+def test_one_resource_is_not_some_resources():
+    w = tw.World()
+    w.cidr("10.0.0.0/24", number=1)
+    (step, *_) = explain_outgoing(w.tunnel, A, tw.tcp(A4, "10.0.0.5", 5000, 22), w.now).steps
+    assert step.detail.endswith("holds 1 resource")
 
 
 def test_a_name_stands_for_the_client_s_proxy_address():
