@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from fzg.commands.connection import RefusedError, ask, printable
+from fzg.node.path import PathKind
+from fzg.ops import drops
 from fzg.settings import SettingError, parse_duration
 
 if TYPE_CHECKING:
@@ -22,6 +24,19 @@ if TYPE_CHECKING:
 DEFAULT_REFRESH = 2.0  # s
 SHORTEST_REFRESH = 0.2  # s
 UNFOLDED = 200  # columns: the widest of our tables
+_PATHS = {
+    PathKind.PEER_TO_PEER: "direct",
+    PathKind.RELAY_TO_PEER: "our relay",
+    PathKind.PEER_TO_RELAY: "client's relay",
+    PathKind.RELAY_TO_RELAY: "both relays",
+}
+_ORIGINS = {
+    drops.FROM_CLIENT: "from client",
+    drops.TO_CLIENT: "to client",
+    drops.RELAY: "by relay",
+    drops.ENGINE: "by engine",
+}
+MOST_NAMED = 5  # clients in one sentence: as many as fit into a line
 
 
 class _Seconds(click.ParamType[float, Any]):
@@ -88,7 +103,12 @@ def _watch(seconds: float) -> None:
     from rich.live import Live
 
     console = _console()
-    with Live(render(fetch()), console=console, auto_refresh=False, screen=console.is_terminal) as live:
+    if not console.is_terminal:  # a file or a pipe: one after the other
+        while True:
+            console.print(render(fetch()), "")
+            sys.stdout.flush()
+            time.sleep(seconds)
+    with Live(render(fetch()), console=console, auto_refresh=False, screen=True) as live:
         while True:
             time.sleep(seconds)
             live.update(render(fetch()), refresh=True)
@@ -104,8 +124,7 @@ def render(shown: Mapping[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [_summary(shown), "", _relays(shown["relays"])]
     if shown["clients"]:
         parts += ["", _clients(shown["clients"])]
-        why = [each for each in shown["clients"] if each.get("relayed_because")]
-        parts += [f"  {_short(each['id'])} is relayed because {_plain(each['relayed_because'])}" for each in why]
+        parts += _why_relayed(shown["clients"])
     if shown["drops"]:
         parts += ["", _drops(shown["drops"])]
     return Group(*parts)
@@ -120,10 +139,20 @@ def _summary(shown: Mapping[str, Any]) -> RenderableType:
     engine = "native engine" if shown["engine"] == "native" else "engine in Python (slower)"
     table.add_row("Gateway", f"{shown['version']}, {engine}, up {duration(shown['uptime'])}, {ready}")
     table.add_row("Portal", f"{_plain(portal['host'])}, {_portal_state(portal)}")
-    seen = f", seen at {', '.join(nat['seen_at'])}" if nat["seen_at"] else ""
-    table.add_row("NAT", f"{nat['kind']}{seen}: {nat['explained']}")
-    table.add_row("Clients", str(shown["client_count"]))
+    table.add_row("NAT", f"{nat['kind']}: {nat['explained']}")
+    if nat["seen_at"]:
+        table.add_row("Seen at", ", ".join(nat["seen_at"]))
+    table.add_row("Clients", _clients_by_path(shown))
     return table
+
+
+def _clients_by_path(shown: Mapping[str, Any]) -> str:
+    clients = shown["clients"]
+    direct = sum(each.get("relayed") is False for each in clients)
+    relayed = sum(each.get("relayed") is True for each in clients)
+    counted = {"direct": direct, "relayed": relayed, "not connected": len(clients) - direct - relayed}
+    named = ", ".join(f"{count} {what}" for what, count in counted.items() if count)
+    return f"{shown['client_count']}: {named}" if named else str(shown["client_count"])
 
 
 def _portal_state(portal: Mapping[str, Any]) -> str:
@@ -155,23 +184,47 @@ def _clients(clients: Sequence[Mapping[str, Any]]) -> RenderableType:
     """Two lines a client, so that all of it fits into 80 columns."""
     table = _table("Client", "State", "Path", "From client", "To client")
     for each in clients:
-        path = each["path"] or "-"
+        path = _PATHS.get(each["path"], each["path"] or "-")
+        resources = "1 resource" if each["resources"] == 1 else f"{each['resources']} resources"
         age = f" {duration(each['age'])}" if each["age"] is not None else ""
         table.add_row(
-            f"{_short(each['id'])}\nresources {each['resources']}",
+            f"{_short(each['id'])}\n{resources}",
             f"{each['state']}{age}\nhandshake {duration(each['handshake_age'])}",
             (f"[yellow]{path}[/]" if each.get("relayed") else path) + f"\n{each.get('remote', '')}",
-            f"{amount(each['received']['bytes'])}\n{each['received']['packets']:,} packets",
-            f"{amount(each['sent']['bytes'])}\n{each['sent']['packets']:,} packets",
+            f"{amount(each['received']['bytes'])}\n{packets(each['received']['packets'])}",
+            f"{amount(each['sent']['bytes'])}\n{packets(each['sent']['packets'])}",
         )
     return table
 
 
-def _drops(drops: Mapping[str, int]) -> RenderableType:
-    table = _table("Dropped, because", "Count")
-    for reason, total in drops.items():
-        table.add_row(_plain(reason), f"{total:,}")
+def _why_relayed(clients: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence for each reason."""
+    found: dict[str, list[str]] = {}
+    for each in clients:
+        if each.get("relayed_because"):
+            found.setdefault(each["relayed_because"], []).append(_short(each["id"]))
+    sentences = []
+    for reason, ids in found.items():
+        named = ", ".join(ids[:MOST_NAMED])
+        if len(ids) > MOST_NAMED:
+            named += f" and {len(ids) - MOST_NAMED} more"
+        sentences.append(f"  {named} {'is' if len(ids) == 1 else 'are'} relayed because {_plain(reason)}")
+    return sentences
+
+
+def _drops(counted: Mapping[str, int]) -> RenderableType:
+    table = _table("Count", "Dropped", "Because")
+    for name, total in counted.items():
+        table.add_row(f"{total:,}", _plain(_origin(name)), _plain(drops.meaning(name)))
     return table
+
+
+def _origin(name: str) -> str:
+    """Where it was lost."""
+    for prefix, where in _ORIGINS.items():
+        if name.startswith(prefix):
+            return where
+    return "on arrival"
 
 
 def _table(*columns: str) -> Table:
@@ -180,7 +233,7 @@ def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in columns:
         # Addresses may be folded; the rest is read across, or copied to other commands.
-        foldable = column in {"Path", "Address", "Dropped, because"}
+        foldable = column in {"Path", "Address", "Because"}
         justify: Literal["left", "right"] = "right" if column in {"Count", "Clients"} else "left"
         table.add_column(column, overflow="fold", justify=justify, no_wrap=not foldable)
     return table
@@ -208,6 +261,14 @@ def amount(total: float) -> str:
             break
         total, unit = total / 1024, larger
     return f"{total:.0f} B" if unit == "B" else f"{total:.1f} {unit}"
+
+
+def packets(total: int) -> str:
+    """`1 packet`, `2,345 packets`, `12.3 M packets`."""
+    for unit, size in (("G", 1e9), ("M", 1e6)):
+        if total >= size:
+            return f"{total / size:,.1f} {unit} packets"
+    return "1 packet" if total == 1 else f"{total:,} packets"
 
 
 def _short(identity: str) -> str:

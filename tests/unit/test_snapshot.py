@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import gevent
 import pytest
 
-from fzg.commands.status import amount, duration, render
+from fzg.commands.status import amount, duration, packets, render
 from fzg.node.path import PathKind
 from fzg.ops import snapshot
+from fzg.ops.drops import MEANINGS
 from fzg.ops.requests import Requests
 from fzg.ops.snapshot import NatKind
 from fzg.portal.websocket import State
@@ -141,7 +143,7 @@ def test_everything_can_be_shown_as_tables_and_no_text_of_others_steers_the_term
     shown = overview(w, portal(state=State.CONNECTING, parted_at=w.net.now, last_error="\x1b[31m[red]no[/]"))
     shown["clients"] = [snapshot.client(w.gateway.core, CLIENT_ID, w.net.now)]
     shown["clients"][0] |= {"relayed": True, "relayed_because": "our NAT maps by destination"}
-    shown["drops"] = {"from client: NotAllowed": 12345}
+    shown["drops"] = {"to client: NotAllowed": 12345}
     console = Console(width=200, record=True, file=io.StringIO(), highlight=False)
     console.print(render(shown))
     text = console.export_text()
@@ -150,6 +152,83 @@ def test_everything_can_be_shown_as_tables_and_no_text_of_others_steers_the_term
     assert CLIENT_ID[:8] in text
     assert "is relayed because our NAT maps by destination" in text
     assert "12,345" in text
+    assert "no resource of the client admits packets from there" in text
+    assert "NotAllowed" not in text
+    assert "1 resource " in text
+
+
+LONGEST_ADDRESS = "[2001:db8:1234:5678:9abc:def0:1234:5678]:52625"
+
+
+def crowded():
+    """A status whose parts are as wide as they get."""
+    w = connected()
+    shown = overview(w, portal(joined_at=w.net.now - 90_000))
+    (ours,) = [snapshot.client(w.gateway.core, CLIENT_ID, w.net.now)]
+    numbers = {"packets": 12_345_678_901, "bytes": 12_345_678_901_234}
+    why = {"relayed": True, "relayed_because": "the client offered no address of its own", "path": "PeerToRelay"}
+    wide = ours | why | {"age": 90_000.0, "handshake_age": 119.0, "received": numbers, "sent": numbers}
+    wide |= {"remote": LONGEST_ADDRESS, "resources": 1234}
+    shown["clients"] = [wide | {"id": f"{number:08}-x"} for number in range(9)]
+    shown["client_count"] = 9
+    shown["relays"] = [relays | {"addresses": [LONGEST_ADDRESS]} for relays in shown["relays"]]
+    shown["nat"]["seen_at"] = [LONGEST_ADDRESS] * 4
+    shown["drops"] = dict.fromkeys(MEANINGS, 1_234_567)
+    return shown
+
+
+def drawn(shown, width):
+    from rich.console import Console
+
+    console = Console(width=width, record=True, file=io.StringIO(), highlight=False)
+    console.print(render(shown))
+    return console.export_text()
+
+
+def test_the_tables_fit_into_80_columns_and_cut_nothing():
+    shown = crowded()
+    text = drawn(shown, 80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    for word in ("00000000", "1234 resources", "connected 1d01h", "handshake 1m59s", "client's relay", "11.2 TiB"):
+        assert word in text, word
+    assert "12.3 G packets" in text
+    whole = drawn(shown, 200)
+    assert LONGEST_ADDRESS in whole
+    for meaning in MEANINGS.values():
+        assert meaning in whole
+
+
+def test_one_sentence_says_why_for_all_clients_of_whom_it_is_true():
+    text = drawn(crowded(), 200)
+    assert (
+        "00000000, 00000001, 00000002, 00000003, 00000004 and 4 more are relayed because the client offered no" in text
+    )
+    assert "Clients  9: 9 relayed" in text
+
+
+def test_numbers_of_packets_are_short():
+    assert [packets(each) for each in (0, 1, 2_345, 999_999, 12_345_678)] == [
+        "0 packets",
+        "1 packet",
+        "2,345 packets",
+        "999,999 packets",
+        "12.3 M packets",
+    ]
+
+
+def test_what_a_program_reads_is_on_the_page():
+    page = (Path(__file__).parents[2] / "docs" / "json.md").read_text()
+    w = connected()
+    shown = overview(w)
+    client = snapshot.client(w.gateway.core, CLIENT_ID, w.net.now)
+    names = [*(name for name in shown if name not in {"portal", "nat", "relays", "drops"}), "drops"]
+    names += [f"portal.{name}" for name in shown["portal"]] + [f"nat.{name}" for name in shown["nat"]]
+    assert [name for name in names if f"`{name}`" not in page] == []
+    assert shown["relays"]
+    for what, fields in (("relays", shown["relays"][0]), ("clients", client)):
+        rows = "".join(line for line in page.splitlines() if line.startswith(f"| `{what}[]`"))
+        assert [name for name in fields if f"`.{name}`" not in rows] == []
 
 
 def test_a_client_whose_connection_failed_is_shown_with_what_it_holds():
