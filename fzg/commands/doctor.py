@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 _COLOURS: Final = {State.OK: "green", State.WARN: "yellow", State.FAIL: "red", State.UNKNOWN: "cyan"}
 _STUN_PORT: Final = 3478
+NARROWEST: Final = 30  # columns: below that the terminal itself folds better
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -69,19 +72,28 @@ def command(options: dict[str, Any], *, as_json: bool, offline: bool, servers: S
 
 
 def _print(checks: Sequence[Check]) -> None:
-    """A line per check; on a terminal the remedy stands below."""
+    """A line per check; on a terminal it is folded, and the remedy stands below."""
     terminal = sys.stdout.isatty()
     colour = terminal and not os.environ.get("NO_COLOR")
     width = max(len(check.name) for check in checks)
     for check in checks:
         word = f"{check.state:<7}"
         shown = click.style(word, fg=_COLOURS[check.state]) if colour else word
-        remedy = ""
+        text = printable(check.seen)
+        if terminal:
+            text = _folded(text, indent=len(word) + width + 4)
         if check.remedy:
-            remedy = f"\n{'':7}  {'':{width}}  remedy: {check.remedy}" if terminal else f". Remedy: {check.remedy}"
-        click.echo(f"{shown}  {check.name:<{width}}  {printable(check.seen)}{remedy}")
+            # A command has to be copied in one piece, so it is the terminal that folds it.
+            text += f"\n{'':{len(word)}}  remedy: {check.remedy}" if terminal else f". Remedy: {check.remedy}"
+        click.echo(f"{shown}  {check.name:<{width}}  {text}")
     counted = {state: sum(check.state is state for check in checks) for state in State}
     click.echo(", ".join(f"{count} {state}" for state, count in counted.items() if count))
+
+
+def _folded(text: str, *, indent: int) -> str:
+    """In as many lines as the terminal needs, all of them behind the columns of states and names."""
+    room = max(NARROWEST, shutil.get_terminal_size().columns - indent)
+    return f"\n{'':{indent}}".join(textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False))
 
 
 def _plan(options: Mapping[str, Any], environment: Mapping[str, str]) -> Plan:

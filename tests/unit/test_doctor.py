@@ -282,7 +282,7 @@ def test_state_directory_matters_most_where_the_identity_is_to_be_kept_there(nee
 def test_temporary_directory_matters_to_the_one_file_form(frozen, change, state):
     check = look(frozen=frozen, disks={"temporary": GOOD_DISK._replace(path="/tmp", **change)})["temporary-directory"]
     assert check.state == state
-    assert ("TEMP=/run/firezone-gateway" in check.remedy) is (state != "ok")
+    assert ("TEMP=/var/tmp" in check.remedy) is (state != "ok")
 
 
 IPV4_ONLY = {socket.AF_INET: Way("192.0.2.7", 1500)}

@@ -289,7 +289,7 @@ def state_directory(seen: Seen) -> Check:
 def temporary_directory(seen: Seen) -> Check:
     """Where the one-file form unpacks itself."""
     disk, name = seen.host.disks["temporary"], "temporary-directory"
-    other = "start the gateway with TEMP=/run/firezone-gateway, or another directory that is writable and executable"
+    other = "start it with TEMP=/var/tmp, or another directory that is writable and not mounted noexec (/run mostly is)"
     relevant = State.FAIL if seen.host.frozen else State.OK
     if disk.no_exec:
         what = f"{disk.path} is mounted noexec, so the one-file program cannot load what it unpacks there"
