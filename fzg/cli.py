@@ -105,6 +105,11 @@ class _GatewayCommand(click.Command):
             args = own
         return super().parse_args(ctx, args)
 
+    def format_epilog(self, _ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The operator's commands, each with what it is for."""
+        with formatter.section("Commands (firezone-gateway COMMAND --help says more)"):
+            formatter.write_dl([(name, commands.load(name).short_help or "") for name in commands.COMMANDS])
+
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """What may stand here; behind a command's word that is the command's own."""
         if _COMMAND not in ctx.meta:

@@ -51,7 +51,9 @@ _FULL = "It was made with --no-anonymise: it holds addresses, names and ids of u
 _PRIVATE_LINES = re.compile(r"flow_logs|(?:\s|\")wire::")
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    short_help="Pack an anonymous archive for support.", context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.option(
     "--output",
     metavar="FILE",

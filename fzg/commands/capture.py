@@ -31,7 +31,9 @@ _REASONS = {
 }
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    short_help="Write packets of one client as pcap.", context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.option("--client", required=True, metavar="ID", help="The client: its id or the beginning (see `status`).")
 @click.option(
     "--count",

@@ -35,7 +35,9 @@ _STUN_PORT: Final = 3478
 NARROWEST: Final = 30  # columns: below that the terminal itself folds better
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    short_help="Find what keeps a gateway from working here.", context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--offline", is_flag=True, help="Leave the portal and all other hosts alone.")
 @click.option(

@@ -11,7 +11,9 @@ from fzg.commands.connection import RefusedError, ask
 from fzg.ops.drain import DEFAULT_TIMEOUT
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    short_help="Send the clients to other gateways, then end.", context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.option(
     "--timeout",
     type=click.FloatRange(0, 86_400),

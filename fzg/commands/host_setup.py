@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from fzg.host.permanent import Step
 
 
-@click.command("host-setup", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    "host-setup",
+    short_help="As root: let this host forward packets.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.option("--dry-run", is_flag=True, help="Print the files and commands instead, as a shell script.")
 @click.option("--remove", is_flag=True, help="Take back what this command made, and nothing else.")
 @click.pass_obj

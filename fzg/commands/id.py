@@ -14,7 +14,7 @@ NEW_ID = 32
 """Bytes: 64 hexadecimal digits, as operations 3.7 recommends."""
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(short_help="Print the identity, or a new one.", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--new", is_flag=True, help="Print a fresh random id for FIREZONE_ID instead; nothing is stored.")
 @click.pass_obj

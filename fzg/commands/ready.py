@@ -15,7 +15,10 @@ _LONGEST_REASON = 4096  # bytes; more is not ours
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - where a listener on all addresses is asked
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    short_help="Ask whether the gateway serves; for health checks.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.pass_obj
 def command(options: dict[str, Any]) -> None:
     """Ask /readyz of the gateway on this host: 0 if it is ready, else 1 with the reason.

@@ -54,7 +54,7 @@ class _Seconds(click.ParamType[float, Any]):
         return seconds
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(short_help="Show portal, relays and clients.", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; with --watch one line per refresh.")
 @click.option(
     "--watch",

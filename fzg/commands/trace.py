@@ -33,7 +33,9 @@ class _End(click.ParamType[tuple[str, int | None], Any]):
         return host, int(port) if port else None
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    short_help="Explain why a packet passes or not.", context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.argument("protocol", metavar="PROTOCOL")
 @click.argument("source", type=_End(), metavar="SOURCE[:PORT]")
 @click.argument("destination", type=_End(), metavar="DESTINATION[:PORT]")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import click
 import pytest
 
 from fzg import commands
+from fzg.cli import command as gateway
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,6 +28,14 @@ def test_it_fits_into_80_columns_and_holds_nothing_but_text(name):
     assert max(map(len, shown.splitlines())) <= 80
     assert "\\" not in shown
     assert all(character.isprintable() or character == "\n" for character in shown)
+
+
+def test_the_gateway_s_own_help_names_each_command_and_what_it_is_for():
+    with click.Context(gateway, info_name="firezone-gateway", terminal_width=80) as context:
+        shown = gateway.get_help(context)
+    assert max(map(len, shown.splitlines())) <= 80
+    for name in commands.COMMANDS:
+        assert re.search(rf"^  {name} +{re.escape(commands.load(name).short_help)}$", shown, re.MULTILINE), name
 
 
 def test_examples_stand_on_lines_of_their_own_here_and_in_the_manual():
