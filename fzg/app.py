@@ -17,12 +17,14 @@ from gevent.threadpool import ThreadPool
 
 from fzg.dataplane.select import EngineUnavailableError, make_engine
 from fzg.gateway import ConfigureHost, ConfigureUploads, Gateway, KeepToken, Resolve, SendToPortal
-from fzg.host import clock, trust, tun, udp
+from fzg.host import clock, sysctl, trust, tun, udp
 from fzg.host.addresses import AddressWatch, local_addresses
 from fzg.host.dns_server import DnsServer
 from fzg.host.nameservers import Nameservers, Upstream
 from fzg.host.network import INTERFACE, HostError, HostNetwork, MasqueradeMode, Report
+from fzg.host.reach import addresses_of
 from fzg.host.resolver import Resolver
+from fzg.mark import SOCKET_MARK
 from fzg.node.node import Node
 from fzg.ops import control, logs
 from fzg.ops.checksums import validating
@@ -43,7 +45,7 @@ from fzg.portal.websocket import Login, PortalConnection
 from fzg.pumps import Pumps
 from fzg.tunnel.flow_record import FlowRecord
 from fzg.tunnel.ranges import PEER_V4, PEER_V6
-from fzg.tunnel.tunnel import Tunnel
+from fzg.tunnel.tunnel import MAX_RESOLUTIONS, RESOLUTION_TIMEOUT, Tunnel
 from fzg.version import VERSION
 from fzg.wire.endpoint import Endpoint
 from fzg.wireguard.keys import KeyPair
@@ -61,8 +63,6 @@ _DNS_TRACE = logging.getLogger("wire.dns.res")
 ADDRESSES_SETTLE = 0.5  # s: an interface that comes up changes many times; IPv6 addresses are tentative for a second
 REPAIR_INTERVAL = 60.0  # s between looks at our host rules: Docker or a firewall that restarts flushes them
 LONGEST_SLEEP = 1.0  # s: a host that was suspended must catch up at once (spec README, clocks)
-RESOLVE_TIMEOUT = 10.0  # s for one name (tunnel 1.3)
-CONCURRENT_RESOLUTIONS = 1000  # tunnel 1.3; the tunnel refuses more, so the pool never blocks
 REFUSALS_WORTH_A_HINT = 3  # datagrams; one alone may have met a firewall that is being reloaded
 REPORT_INTERVAL = 1.0  # s between words to the service manager, which may wait for them for a few seconds only
 LOOKUP_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)  # s, operations 1.10
@@ -81,7 +81,7 @@ class App:
         self._stop: AsyncResult[None] = AsyncResult()
         self._wake = Event()
         self._host_thread = ThreadPool(1)
-        self._resolutions = Pool(CONCURRENT_RESOLUTIONS)
+        self._resolutions = Pool(MAX_RESOLUTIONS)  # the tunnel asks for no more, so the pool never blocks
         self._tun_configured = settings.tun_fd is not None
         self._joined_once = False
         self._armed_at = float("inf")
@@ -96,7 +96,7 @@ class App:
         self._report_at = 0.0
         self._hinted = False
         # With a descriptor in place of the TUN no route leads into the tunnel, so no mark is needed to stay out of it.
-        self._mark = udp.FIREWALL_MARK if settings.tun_fd is None else None
+        self._mark = SOCKET_MARK if settings.tun_fd is None else None
 
     def run(self) -> int:
         """Start, serve until told to stop, say goodbye. 0 after a signal; raises `FatalError` otherwise."""
@@ -168,7 +168,7 @@ class App:
         uploads_trusted.context.set_alpn_protocols(["http/1.1"])
         self._flow_logs = FlowLogs(
             lambda host: DialOptions(
-                resolve=_addresses_of,
+                resolve=addresses_of,
                 ssl_context=uploads_trusted.context,
                 proxy=proxy_for(host, HTTPS_PORT, os.environ),
                 mark=self._mark,
@@ -188,7 +188,7 @@ class App:
                 user_agent=user_agent.host_user_agent(),
             ),
             self,
-            dialing=DialOptions(resolve=_addresses_of, ssl_context=trusted.context, proxy=proxy, mark=self._mark),
+            dialing=DialOptions(resolve=addresses_of, ssl_context=trusted.context, proxy=proxy, mark=self._mark),
             reconnect=Reconnect(random=os.urandom, max_partition=settings.max_partition_time),
         )
         self._draining = Drain(self._gateway, self._portal, settle=self._drain, finished=lambda: self._stop.set(None))
@@ -236,8 +236,8 @@ class App:
         try:
             sockets, missing = udp.open_sockets(
                 mark=self._mark,
-                send_buffer=settings.udp_send_buffer or udp.SEND_BUFFER_SIZE,
-                receive_buffer=settings.udp_receive_buffer or udp.RECEIVE_BUFFER_SIZE,
+                send_buffer=settings.udp_send_buffer or sysctl.SEND_BUFFER_BYTES,
+                receive_buffer=settings.udp_receive_buffer or sysctl.RECEIVE_BUFFER_BYTES,
                 gro=settings.offloads.udp_gro,
             )
         except udp.MarkRefusedError as error:
@@ -416,7 +416,7 @@ class App:
     def _resolve(self, request: int, domain: str) -> None:
         addresses = None
         began = clock.now()
-        with gevent.Timeout(RESOLVE_TIMEOUT, exception=False):
+        with gevent.Timeout(RESOLUTION_TIMEOUT, exception=False):
             addresses = self._resolver.resolve(domain)
         now = clock.now()
         self._lookups.observe(now - began)
@@ -546,9 +546,3 @@ def _report_failure(context: object, kind: type[BaseException], error: BaseExcep
     """
     if not issubclass(kind, HostError) and not isinstance(context, tuple):
         _LOG.error("A task failed", exc_info=(kind, error, traceback))
-
-
-def _addresses_of(host: str) -> list[str]:
-    """The portal's addresses by the system resolver, on gevent's resolver threads."""
-    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(address[0]) for *_, address in found))

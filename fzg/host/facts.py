@@ -25,11 +25,12 @@ from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 from fzg.host import capabilities, sysctl
 from fzg.host.addresses import local_addresses
 from fzg.host.holders import TABLE_BYTES, Listener, Process, tcp_listeners, tun_holder, udp_listeners
-from fzg.host.netlink import PEER_RANGE_IPV4, PEER_RANGE_IPV6, overlap_warnings
+from fzg.host.netlink import overlap_warnings
 from fzg.host.netlink_socket import NetlinkSocket
 from fzg.host.nftables import Firewall, Survey, legacy_tables_note
 from fzg.host.resolver import Resolver
 from fzg.host.tun import NODE
+from fzg.tunnel.ranges import is_peer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -246,7 +247,7 @@ def _tunnel_addresses(interface: str) -> Iterable[str]:
             with contextlib.suppress(ValueError, OSError):
                 own = ip_address(each.get_attr("IFA_LOCAL") or each.get_attr("IFA_ADDRESS"))
                 name = socket.if_indextoname(each["index"])
-                if name != interface and (own in PEER_RANGE_IPV4 or own in PEER_RANGE_IPV6):
+                if name != interface and is_peer(own.packed):
                     yield f"{own} on {name}"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import struct
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import dns.name
@@ -13,6 +12,7 @@ from gevent import socket
 from gevent.event import Event
 from gevent.pool import Pool
 
+from fzg.mark import mark_socket
 from fzg.wire import Malformed
 from fzg.wire import dns as messages
 
@@ -146,8 +146,7 @@ def exchange(server: str, data: bytes, query: messages.Message, *, tcp: bool, up
     kind = socket.SOCK_STREAM if tcp else socket.SOCK_DGRAM
     with socket.socket(socket.AF_INET6 if ":" in server else socket.AF_INET, kind) as connection:
         if upstream.mark is not None:
-            # Packed, because the mark exceeds a C int.
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, struct.pack("=I", upstream.mark))
+            mark_socket(connection, upstream.mark)
         connection.connect(address)
         if not tcp:
             connection.send(data)

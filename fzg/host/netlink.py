@@ -28,17 +28,16 @@ from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
 from fzg.host.errors import HostError
 from fzg.host.netlink_socket import NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, NetlinkError, NetlinkSocket
+from fzg.mark import SOCKET_MARK
+from fzg.tunnel.ranges import PEER_V4, PEER_V6
+from fzg.wire.ip import MTU
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-# Values of the specification (tunnel 1.1, 1.2, 1.4; operations 1.13).
-SOCKET_MARK: Final = 0xFD002021
+# Values of the specification (tunnel 1.4, 9.1; operations 1.13).
 ROUTING_TABLE: Final = 0x2021FD00
 RULE_PRIORITY: Final = 100
-PEER_RANGE_IPV4: Final = IPv4Network("100.64.0.0/11")
-PEER_RANGE_IPV6: Final = IPv6Network("fd00:2021:1111::/107")
-MTU_BYTES: Final = 1280
 TX_QUEUE_PACKETS: Final = 10_000
 
 # Rules and tables that other gateways of this kind leave behind when they stop (operations 1.13).
@@ -66,8 +65,8 @@ class _Family(NamedTuple):
     widest_overlap: int  # a wider route leads to everywhere; it is no network of the host that ours would shadow
 
 
-_IPV4: Final = _Family(socket.AF_INET, "IPv4", 32, PEER_RANGE_IPV4, 8)
-_IPV6: Final = _Family(socket.AF_INET6, "IPv6", 128, PEER_RANGE_IPV6, 48)
+_IPV4: Final = _Family(socket.AF_INET, "IPv4", 32, PEER_V4, 8)
+_IPV6: Final = _Family(socket.AF_INET6, "IPv6", 128, PEER_V6, 48)
 _FAMILIES: Final = (_IPV4, _IPV6)
 
 
@@ -174,11 +173,11 @@ def _set_link(netlink: NetlinkSocket, interface: str, index: int) -> None:
     _forgive(netlink, queue, RTM_NEWLINK)  # best effort: a short queue costs throughput only
     size = ifinfmsg()
     size["index"] = index
-    size["attrs"] = [("IFLA_MTU", MTU_BYTES)]
+    size["attrs"] = [("IFLA_MTU", MTU)]
     try:
         netlink.request(size, RTM_NEWLINK)
     except NetlinkError as error:
-        raise _refused(f"The MTU of {interface} cannot be set to {MTU_BYTES}", error) from error
+        raise _refused(f"The MTU of {interface} cannot be set to {MTU}", error) from error
 
 
 def _bring_up(netlink: NetlinkSocket, interface: str, index: int) -> None:

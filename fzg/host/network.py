@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from fzg.host import input_chains, netlink, sysctl
+from fzg.host import input_chains, netlink, sysctl, tun
 from fzg.host.errors import HostError, Report
 from fzg.host.netlink import Configured
 from fzg.host.nftables import Firewall, MasqueradeMode, legacy_tables_note
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["INTERFACE", "Configured", "HostError", "HostNetwork", "MasqueradeMode", "Report"]
 
-INTERFACE: Final = "tun-firezone"
+INTERFACE: Final = tun.DEVICE_NAME
 
 
 class HostNetwork:

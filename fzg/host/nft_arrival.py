@@ -11,10 +11,10 @@ from pyroute2.netlink.nfnetlink.nftsocket import NFPROTO_IPV4, NFPROTO_IPV6
 
 from fzg.host import nft_ruleset as ruleset
 from fzg.host.dns_server import PORT as DNS_PORT
-from fzg.host.netlink import PEER_RANGE_IPV4, PEER_RANGE_IPV6
+from fzg.tunnel.ranges import PEER_V4, PEER_V6
 
 _CLIENT_PORT: Final = 50_000  # any: clients choose from 49152 on
-_CLIENTS: Final = {NFPROTO_IPV4: PEER_RANGE_IPV4[9].packed, NFPROTO_IPV6: PEER_RANGE_IPV6[9].packed}  # any of them
+_CLIENTS: Final = {NFPROTO_IPV4: PEER_V4[9].packed, NFPROTO_IPV6: PEER_V6[9].packed}  # any of them
 _TTL: Final = 64
 _NETWORK_HEADER: Final = "NFT_PAYLOAD_NETWORK_HEADER"
 _TRANSPORT_HEADER: Final = "NFT_PAYLOAD_TRANSPORT_HEADER"

@@ -32,9 +32,9 @@ from pyroute2.netlink.nfnetlink.nftsocket import (
 from fzg.host import nft_ruleset as ruleset
 from fzg.host.errors import HostError, Report
 from fzg.host.input_chains import Obstacle, obstacles
-from fzg.host.netlink import PEER_RANGE_IPV4, PEER_RANGE_IPV6
 from fzg.host.netlink_socket import NLM_F_ACK, NLM_F_CREATE, NetlinkError, NetlinkSocket
 from fzg.host.nft_ruleset import TABLE_NAME
+from fzg.tunnel.ranges import PEER_V4, PEER_V6
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -75,7 +75,7 @@ class _Source(NamedTuple):
     network: IPv4Network | IPv6Network
 
 
-_SOURCES: Final = {NFPROTO_IPV4: _Source(12, PEER_RANGE_IPV4), NFPROTO_IPV6: _Source(8, PEER_RANGE_IPV6)}
+_SOURCES: Final = {NFPROTO_IPV4: _Source(12, PEER_V4), NFPROTO_IPV6: _Source(8, PEER_V6)}
 
 
 class _Fate(Enum):

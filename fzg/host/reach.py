@@ -10,7 +10,6 @@ import email.utils
 import os
 import re
 import ssl
-import struct
 import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -19,6 +18,7 @@ from gevent import socket
 
 from fzg.host.errors import HostError
 from fzg.host.trust import trust_store
+from fzg.mark import SOCKET_MARK, mark_socket
 from fzg.portal import dial, remedy
 from fzg.portal.dial import DialError, DialOptions
 from fzg.portal.proxy import InvalidProxy, proxy_for
@@ -137,7 +137,7 @@ def _ask(server: Endpoint) -> Answer:
     request = stun.encode(stun.Method.BINDING, stun.MessageClass.REQUEST, transaction, [])
     with socket.socket(server.family, socket.SOCK_DGRAM) as udp, contextlib.suppress(OSError):
         with contextlib.suppress(OSError):  # without the capability the kernel refuses; then the rule is of no concern
-            udp.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, struct.pack("=I", dial.SOCKET_MARK))
+            mark_socket(udp, SOCKET_MARK)
         udp.connect((server.host, server.port))
         for _ in range(_STUN_TRIES):
             began = time.monotonic()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import socket
-import struct
 import time
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -15,6 +14,9 @@ import dns.query
 import dns.rdatatype
 import dns.resolver
 import gevent
+
+from fzg.mark import mark_socket
+from fzg.tunnel.ranges import is_peer, is_proxy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -37,10 +39,6 @@ _TRY_SECONDS: Final = 2.0
 # Files are compared by their metadata at most this often, however many names are asked for.
 _RECHECK_SECONDS: Final = 1.0
 _HOSTS_BYTES: Final = 16 * 1024 * 1024  # block lists of a few MB are common; more is no hosts file
-
-# Spec tunnel 1.1: an address in here would send the translated packet back into the tunnel.
-_TUNNEL_RANGES: Final = (IPv4Network("100.64.0.0/10"),)
-_TUNNEL_RANGES_IPV6: Final = (IPv6Network("fd00:2021:1111::/107"), IPv6Network("fd00:2021:1111:8000::/107"))
 
 _TYPES: Final = (dns.rdatatype.A, dns.rdatatype.AAAA)
 
@@ -103,7 +101,7 @@ class Resolver:
         if lookups and not known and not answers:
             return None
         addresses = {*known, *(address for answer in answers for address in answer)}
-        return sorted((a for a in addresses if not _is_tunnel(a)), key=lambda a: (a.version, int(a)))
+        return sorted(filter(_is_usable, addresses), key=lambda a: (a.version, int(a)))
 
     def _lookup(self, name: dns.name.Name, kind: dns.rdatatype.RdataType) -> list[Address] | None:
         """The addresses of one family; empty after any error of DNS; None when no nameserver answered in time."""
@@ -171,12 +169,10 @@ class Resolver:
 
 
 def _marked(mark: int) -> Callable[[int, int, int], socket.socket]:
-    value = struct.pack("=I", mark)  # it exceeds a C int
-
     def factory(family: int, kind: int, protocol: int) -> socket.socket:
         made = socket.socket(family, kind, protocol)
         try:
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, value)
+            mark_socket(made, mark)
         except OSError:
             made.close()
             raise
@@ -196,12 +192,11 @@ def _kind(address: Address) -> dns.rdatatype.RdataType:
     return dns.rdatatype.A if address.version == 4 else dns.rdatatype.AAAA
 
 
-def _is_tunnel(address: Address) -> bool:
-    if isinstance(address, IPv4Address):
-        return any(address in network for network in _TUNNEL_RANGES)
-    if address.ipv4_mapped is not None:
-        return True  # no packet of IPv6 can have such a destination
-    return any(address in network for network in _TUNNEL_RANGES_IPV6)
+def _is_usable(address: Address) -> bool:
+    """Whether a translated packet can go there, and not back into the tunnel (spec tunnel 1.1)."""
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        return False  # no packet of IPv6 can have such a destination
+    return not is_peer(address.packed) and not is_proxy(address.packed)
 
 
 def _read_hosts(path: Path) -> dict[str, list[Address]]:

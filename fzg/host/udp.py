@@ -5,18 +5,17 @@ from __future__ import annotations
 import errno
 import logging
 import socket
-import struct
 from typing import NamedTuple
 
 from gevent import monkey
 
+from fzg.host.sysctl import RECEIVE_BUFFER_BYTES, SEND_BUFFER_BYTES
+from fzg.mark import SOCKET_MARK, mark_socket
+
 _LOG = logging.getLogger(__name__)
 
-# Specification constants (tunnel 1.4, 9.5).
+# Specification constants (tunnel 1.4).
 PREFERRED_PORT = 52625
-FIREWALL_MARK = 0xFD002021
-SEND_BUFFER_SIZE = 2 * 1024 * 1024
-RECEIVE_BUFFER_SIZE = 16 * 1024 * 1024
 _SMALLEST_BUFFER = 64 * 1024
 
 # <linux/in.h>, <linux/in6.h>, <linux/udp.h>, <asm-generic/socket.h>: not all in Python's socket module.
@@ -31,8 +30,6 @@ _SO_SNDBUFFORCE = 32
 _SO_RCVBUFFORCE = 33
 _SOL_UDP = 17
 _UDP_GRO = 104
-
-_U32 = struct.Struct("=I")
 
 FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
@@ -65,9 +62,9 @@ class Unbound(NamedTuple):
 def open_sockets(
     *,
     port: int = PREFERRED_PORT,
-    mark: int | None = FIREWALL_MARK,
-    send_buffer: int = SEND_BUFFER_SIZE,
-    receive_buffer: int = RECEIVE_BUFFER_SIZE,
+    mark: int | None = SOCKET_MARK,
+    send_buffer: int = SEND_BUFFER_BYTES,
+    receive_buffer: int = RECEIVE_BUFFER_BYTES,
     gro: bool = True,
 ) -> tuple[list[UdpSocket], list[Unbound]]:
     """Both sockets, or what became of them. Raises only `MarkRefusedError`, which is fatal (spec tunnel 9.5)."""
@@ -93,9 +90,9 @@ def open_socket(
     family: int,
     *,
     port: int = PREFERRED_PORT,
-    mark: int | None = FIREWALL_MARK,
-    send_buffer: int = SEND_BUFFER_SIZE,
-    receive_buffer: int = RECEIVE_BUFFER_SIZE,
+    mark: int | None = SOCKET_MARK,
+    send_buffer: int = SEND_BUFFER_BYTES,
+    receive_buffer: int = RECEIVE_BUFFER_BYTES,
     gro: bool = True,
 ) -> UdpSocket:
     """The socket of one family on `port`, else on a free one. Raises OSError or `MarkRefusedError`."""
@@ -121,8 +118,7 @@ def open_socket(
 
 def _set_mark(udp: socket.socket, mark: int) -> None:
     try:
-        # Packed, as the value exceeds a C int.
-        udp.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, _U32.pack(mark))
+        mark_socket(udp, mark)
     except OSError as error:
         raise MarkRefusedError(f"cannot mark the UDP socket ({error.strerror}): needs root or CAP_NET_ADMIN") from error
 

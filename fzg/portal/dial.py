@@ -14,9 +14,7 @@ import http.client
 import io
 import logging
 import os
-import socket as stdlib_socket
 import ssl
-import struct
 import time
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -25,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import gevent
 from gevent import queue, socket
 
+from fzg.mark import SOCKET_MARK, mark_socket
 from fzg.portal import remedy
 from fzg.portal.problem import Rejection, parse_rejection
 
@@ -39,7 +38,6 @@ _LOG = logging.getLogger(__name__)
 # Specification constants (portal 1.5, 1.6)
 CONNECT_TIMEOUT_S: Final = 5.0
 DIAL_TIMEOUT_S: Final = 15.0
-SOCKET_MARK: Final = 0xFD002021
 
 RESOLVE_TIMEOUT_S: Final = 10.0
 """As long as a look-up for a resource may take (2.4): longer ones would hide that the portal is unreachable."""
@@ -201,7 +199,10 @@ def _connect(
     try:
         connection = socket.socket(family, socket.SOCK_STREAM)
         if mark is not None:
-            _set_mark(connection, mark)
+            try:
+                mark_socket(connection, mark)
+            except PermissionError:
+                _LOG.debug("This process may not mark its portal socket")
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.connect((address, port))
         outcomes.put((address, connection))
@@ -230,14 +231,6 @@ def _ask_for_tunnel(connection: socket.socket, proxy: Proxy, host: str, port: in
         raise DialError(f"the proxy {proxy} refused to connect to {host}:{port}: {status[:100]}")
     if rest:
         raise DialError(f"the proxy {proxy} sent more than its answer")
-
-
-def _set_mark(connection: socket.socket, mark: int) -> None:
-    try:
-        # Packed, because the mark exceeds a C int.
-        connection.setsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_MARK, struct.pack("=I", mark))
-    except PermissionError:
-        _LOG.debug("This process may not mark its portal socket")
 
 
 def _with_tls(connection: socket.socket, host: str, context: ssl.SSLContext | None) -> Any:

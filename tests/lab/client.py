@@ -46,6 +46,7 @@ from fzg.dataplane.engine import Datagram, FlowKey, InnerPacket, OutboundPacket,
 from fzg.dataplane.select import make_engine
 from fzg.host import tun, udp
 from fzg.ice.agent import CLIENT_DEFAULT, CLIENT_IDLE, Credentials, Role
+from fzg.mark import SOCKET_MARK
 from fzg.node.node import ConnectionEstablished, ConnectionFailed, Node, NoRelayAvailableError
 from fzg.secret import Secret
 from fzg.turn.events import Relay
@@ -166,7 +167,7 @@ class Client:
     def open_sockets(self) -> None:
         for family in (socket.AF_INET, socket.AF_INET6):
             try:
-                opened = udp.open_socket(family, mark=udp.FIREWALL_MARK if self.options.tun_fd is None else None)
+                opened = udp.open_socket(family, mark=SOCKET_MARK if self.options.tun_fd is None else None)
             except OSError:
                 continue  # no IPv6 here
             self.sockets.append(opened)
@@ -223,7 +224,7 @@ class Client:
         context = ssl.create_default_context(cafile=options.ca) if options.ca else None
         socket_options: list[tuple[int, int, int | bytes]] = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)]
         if options.tun_fd is None:  # an internet resource must not capture the way to the portal
-            mark = struct.pack("=I", udp.FIREWALL_MARK)
+            mark = struct.pack("=I", SOCKET_MARK)
             socket_options.append((socket.SOL_SOCKET, socket.SO_MARK, mark))
         socket_ = websocket.create_connection(
             f"{options.portal_url.rstrip('/')}/client/v2/websocket?{query}",
