@@ -12,6 +12,7 @@ from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
 from fzg.dataplane.pure import PureEngine
+from fzg.host.udp import PREFERRED_PORT
 from fzg.ops import drops
 from fzg.portal.websocket import State as PortalState
 from fzg.version import VERSION
@@ -42,8 +43,8 @@ _NAT_EXPLAINED = {
     NatKind.NONE: "relays see our own addresses",
     NatKind.SOME: "one relay alone cannot tell how it maps",
     NatKind.ENDPOINT_INDEPENDENT: "direct connections work through it unless the client's NAT maps by destination",
-    NatKind.BY_DESTINATION: "most connections will be relayed; forward the UDP port to this host, or let the NAT keep"
-    " one port per socket",
+    NatKind.BY_DESTINATION: "most connections will be relayed; forward UDP port {port} to this host, or let the NAT"
+    " keep one port per socket",
 }
 
 
@@ -52,7 +53,7 @@ class WhyRelayed(StrEnum):
 
     NO_DIRECT_CANDIDATE = "the client offered no address of its own"
     NO_COMMON_FAMILY = "the client and this gateway share no IP version"
-    NAT_BY_DESTINATION = "our NAT maps by destination (see NAT above)"
+    NAT_BY_DESTINATION = "our NAT maps by destination"
     NO_DIRECT_CHECK = "no direct check succeeded: a firewall, or the client's NAT maps by destination"
 
 
@@ -118,8 +119,9 @@ def _portal(portal: PortalConnection, now: float) -> dict[str, Any]:
 
 def _nat(relays: Sequence[RelayStatus]) -> dict[str, Any]:
     kind = nat_kind(relays)
+    port = next((base.port for each in relays for base, _ in each.mapped), PREFERRED_PORT)
     seen = dict.fromkeys(str(mapped) for each in relays for _, mapped in each.mapped)
-    return {"kind": str(kind), "explained": _NAT_EXPLAINED[kind], "seen_at": list(seen)}
+    return {"kind": str(kind), "explained": _NAT_EXPLAINED[kind].format(port=port), "seen_at": list(seen)}
 
 
 def nat_kind(relays: Sequence[RelayStatus]) -> NatKind:

@@ -26,17 +26,18 @@ _TTL = 64
 
 Address = IPv4Address | IPv6Address
 
+_IN_THE_PORTAL = "if it should pass, give the user a policy for a resource that covers it and whose filters permit it"
 # What the operator can do, by the check that decides against a packet and whether a client sent it.
 _REMEDIES = {
-    ("policy", True): "if it should pass: in the portal, a policy and a resource whose filters permit it",
-    ("policy", False): "if it should pass: in the portal, a policy and a resource whose filters permit it",
+    ("policy", True): _IN_THE_PORTAL,
+    ("policy", False): _IN_THE_PORTAL,
     (
         "client",
         False,
     ): "see in `firezone-gateway status` which clients are here; that one has to connect",
     ("source", True): "send from the client's own tunnel address; what lies behind the client is not carried",
     ("source", False): "find who sends from an address of the tunnel's: it belongs to clients alone",
-    ("destination", True): "none here: gateways do not carry it",
+    ("destination", True): "nothing can be done here: gateways do not carry it",
     ("destination", False): "route only 100.64.0.0/11 and fd00:2021:1111::/107 to the gateway's interface",
     ("DNS NAT", True): "look the name up on this host; `firezone-gateway doctor` shows its nameservers",
     ("NAT session", True): "wait until sessions of the client end, or close some",

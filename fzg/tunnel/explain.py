@@ -195,7 +195,7 @@ def _covers(client: Client, authorization: Authorization, remote: bytes) -> bool
 
 def _describe(authorization: Authorization, protocol: int, value: int | None, now: float) -> str:
     if authorization.expires <= now:
-        return f"{_name(authorization)}: expired {now - authorization.expires:.0f} s ago"
+        return f"{_name(authorization)}: expired {_span(now - authorization.expires)} ago"
     if isinstance(authorization.resource, InternetResource) or not authorization.resource.filters:
         return f"{_name(authorization)}: no filters, {_until(authorization, now)}"
     shown = ", ".join(_filter(each) for each in authorization.resource.filters)
@@ -207,15 +207,26 @@ def _describe(authorization: Authorization, protocol: int, value: int | None, no
 def _name(authorization: Authorization) -> str:
     match authorization.resource:
         case CidrResource(id=resource_id, network=network, name=name):
-            return f"resource {name or resource_id} ({network})"
+            return _named(name or resource_id, str(network))
         case DnsResource(id=resource_id, address=pattern, name=name):
-            return f"resource {name or resource_id} ({pattern})"
+            return _named(name or resource_id, pattern)
         case InternetResource(id=resource_id):
             return f"the internet resource {resource_id}"
 
 
+def _named(name: str, covers: str) -> str:
+    return f"resource {name}" if name == covers else f"resource {name} ({covers})"
+
+
 def _until(authorization: Authorization, now: float) -> str:
-    return "without expiry" if authorization.expires == inf else f"for another {authorization.expires - now:.0f} s"
+    return "without expiry" if authorization.expires == inf else f"for another {_span(authorization.expires - now)}"
+
+
+def _span(seconds: float) -> str:
+    for unit, size in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def _filter(entry: Filter) -> str:

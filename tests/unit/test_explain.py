@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 from fzg.ops.control import Refused
-from fzg.ops.trace import _REMEDIES, find_client, trace
+from fzg.ops.trace import _IN_THE_PORTAL, _REMEDIES, find_client, trace
 from fzg.tunnel.events import Deliver, Forward
-from fzg.tunnel.explain import explain_incoming, explain_outgoing
+from fzg.tunnel.explain import _named, explain_incoming, explain_outgoing
 from fzg.tunnel.filters import IcmpFilter, TcpFilter, UdpFilter
 from tests.unit import tunnel_world as tw
 from tests.unit.tunnel_world import A4, A6, B4, GATEWAY4, P1, P2, P3, A, B
@@ -202,7 +202,7 @@ def test_what_is_dropped_says_why_in_words_what_to_do_and_under_which_name_it_is
     shown = ask(populated(), "tcp", "10.0.1.5|80", f"{A4}|5000")
     assert shown["verdict"] == "dropped: no resource of the client admits packets from there"
     assert shown["reason"] == "to client: NotAllowed"
-    assert shown["remedy"] == "if it should pass: in the portal, a policy and a resource whose filters permit it"
+    assert shown["remedy"] == _IN_THE_PORTAL
     shown = ask(populated(), "udp", A4, "224.0.0.251|5353")
     assert shown["verdict"] == "dropped: it goes to a multicast address, which no resource covers"
     assert shown["reason"] == "from client: Multicast"
@@ -211,7 +211,7 @@ def test_what_is_dropped_says_why_in_words_what_to_do_and_under_which_name_it_is
 def test_what_is_refused_has_a_remedy_and_what_passes_needs_none():
     shown = ask(populated(), "tcp", A4, "10.0.1.5|80")
     assert (shown["reason"], shown["passes"]) == (None, False)
-    assert shown["remedy"].startswith("if it should pass: in the portal")
+    assert shown["remedy"] == _IN_THE_PORTAL
     shown = ask(populated(), "tcp", A4, "10.0.0.5|22")
     assert (shown["reason"], shown["remedy"], shown["passes"]) == (None, None, True)
 
@@ -223,6 +223,17 @@ def test_each_check_that_can_stop_a_packet_has_a_remedy():
     for packet, passes, *_ in INCOMING:
         told = explain_incoming(populated().tunnel, packet, populated().now)
         assert passes or (told.steps[-1].check, False) in _REMEDIES, told.steps[-1]
+
+
+def test_times_are_as_people_say_them_and_a_resource_is_named_once():
+    w = tw.World()
+    w.cidr("10.0.0.0/24", number=1, expires=w.now + 1_209_590)
+    shown = {
+        step.check: step.detail for step in explain_outgoing(w.tunnel, A, tw.tcp(A4, "10.0.0.5", 1, 2), w.now).steps
+    }
+    assert shown["policy"].endswith("admits it, for another 14 days")
+    told = _named("10.0.0.0/24", "10.0.0.0/24"), _named("Wiki", "*.example.com")
+    assert told == ("resource 10.0.0.0/24", "resource Wiki (*.example.com)")
 
 
 def test_one_resource_is_not_some_resources():

@@ -49,6 +49,12 @@ def test_the_kind_of_nat_follows_from_where_relays_see_us(relays, kind):
     assert snapshot.nat_kind(relays) == kind
 
 
+def test_which_port_to_forward_is_that_of_our_socket():
+    other = (Endpoint.parse("192.168.1.5:40000"), Endpoint.parse("203.0.113.9:1024"))
+    behind = relay()._replace(mapped=(other, (other[0], Endpoint.parse("203.0.113.9:1025"))))
+    assert "forward UDP port 40000 to this host" in snapshot._nat([behind])["explained"]
+
+
 def portal(**fields):
     values = {"host": "portal.test", "joined_at": None, "parted_at": None, "dials_at": None, "last_error": None}
     return SimpleNamespace(**(values | {"state": State.CONNECTED} | fields))
