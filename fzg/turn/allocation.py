@@ -28,7 +28,7 @@ from fzg.turn.events import (
     Unwrapped,
     Use,
 )
-from fzg.turn.recovery import Backoff, Healing, Ladder, Remedy
+from fzg.turn.recovery import Backoff, Grants, Healing, Ladder, Remedy
 from fzg.turn.rtt import RoundTrip
 from fzg.turn.transactions import RETRANSMISSION, SINGLE_SHOT, Purpose, Transaction, Transactions
 from fzg.wire import stun
@@ -104,6 +104,7 @@ class Allocation:
         self._ladder = Ladder()
         self._healing = Healing()
         self._backoff = Backoff()
+        self._grants = Grants()
         self._round_trip = RoundTrip()
         self._active: Endpoint | None = None
         self._hosts: dict[int, Endpoint] = {}
@@ -458,7 +459,9 @@ class Allocation:
             return self._suspend(now)
         self._ladder.handle_success()
         self._healing.reset()
-        self._backoff.reset()
+        self._grants.handle_granted(now)
+        if self._grants.hold:
+            self._backoff.reset()
         self._refusals.handle_new_allocation()
         self._ever_succeeded = True
         self.state = State.ACTIVE
@@ -473,8 +476,7 @@ class Allocation:
 
     def _handle_refreshed(self, message: stun.Message, now: float) -> None:
         if message.lifetime == 0:
-            self._invalidate(now, rebind=True)
-            return self._allocate(now)
+            return self._allocate_anew(now)
         self._doubted.clear()
         self._start_lifetime(self._lifetime if message.lifetime is None else message.lifetime, now)
         if self._refresh_again:
@@ -552,10 +554,9 @@ class Allocation:
     def _handle_refresh_refused(self, code: int, now: float) -> None:
         match code:
             case 437:
-                self._invalidate(now, rebind=True)
-                self._allocate(now)
+                self._allocate_anew(now)
             case 441:
-                self._allocate_elsewhere(now)
+                self._allocate_anew(now, foreign=True)
             case 420:
                 self._die(Failure.PROTOCOL, now)
             case _:
@@ -569,11 +570,9 @@ class Allocation:
         assert peer is not None
         match code:
             case 437:
-                self._invalidate(now, rebind=True)
-                self._buffer.add([peer])
-                return self._allocate(now)
+                return self._allocate_anew(now, peer)
             case 441:
-                return self._allocate_elsewhere(now)
+                return self._allocate_anew(now, foreign=True)
             case 420:
                 return self._die(Failure.PROTOCOL, now)
         channel = self._bound_channel(transaction)
@@ -593,11 +592,20 @@ class Allocation:
                 self._refusals.add(peer, now + REFUSAL_SHORT)
         return None
 
-    def _allocate_elsewhere(self, now: float) -> None:
-        """Our 5-tuple belongs to other credentials: only its expiry helps, so ask with pauses."""
+    def _allocate_anew(self, now: float, peer: Endpoint | None = None, *, foreign: bool = False) -> None:
+        """The relay has no allocation of ours (spec turn 2.12); `peer` waits for a channel.
+
+        `foreign`: our 5-tuple belongs to other credentials, so only its expiry helps: ask with pauses.
+        """
         self._invalidate(now, rebind=True)
-        self._healing.skip_delete(now)
-        self._allocate(now)
+        self._grants.handle_forgotten(now)
+        if self._grants.are_in_vain:
+            return self._suspend(now)
+        if peer is not None:
+            self._buffer.add([peer])
+        if foreign:
+            self._healing.skip_delete(now)
+        return self._allocate(now)
 
     def _handle_given_up(self, transaction: Transaction, now: float) -> None:
         """No answer in time, or too many challenges (spec turn 2.11)."""

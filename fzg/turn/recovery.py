@@ -99,6 +99,41 @@ class Healing:
         self.handle_deleted(now)
 
 
+class Grants:
+    """Allocations that the relay forgets as soon as it has granted them.
+
+    So it is behind an address that several servers share: one grants, the next does not know of it. Each round costs a
+    round trip only, and tells every client of a new relay address.
+    """
+
+    MAX_FORGOTTEN: Final = 3  # in a row; one or two may be a relay that restarts
+    STEADY: Final = 10.0  # seconds, after which the loss of an allocation is news
+
+    __slots__ = ("_forgotten", "_granted_at")
+
+    def __init__(self) -> None:
+        self._forgotten = 0
+        self._granted_at = 0.0
+
+    def handle_granted(self, now: float) -> None:
+        """Allocate succeeded."""
+        self._granted_at = now
+
+    def handle_forgotten(self, now: float) -> None:
+        """The relay says that it has no allocation of ours."""
+        self._forgotten = self._forgotten + 1 if now - self._granted_at < self.STEADY else 0
+
+    @property
+    def hold(self) -> bool:
+        """Whether the last one held for a while, as far as is known."""
+        return self._forgotten == 0
+
+    @property
+    def are_in_vain(self) -> bool:
+        """Whether asking for another at once would only go on in circles."""
+        return self._forgotten > self.MAX_FORGOTTEN
+
+
 class Backoff:
     """Pauses of a suspended allocation (DEV 9)."""
 

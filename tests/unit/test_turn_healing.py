@@ -87,6 +87,35 @@ def test_mismatch_to_channel_bind_allocates_and_binds_the_peer() -> None:
     assert list(relay.channels.values()) == [peer(1)]
 
 
+@pytest.mark.parametrize("code", [437, 441])
+@pytest.mark.parametrize("method", [REFRESH, CHANNEL_BIND])
+def test_relay_that_forgets_each_allocation_at_once_is_left_alone_ever_longer(method: int, code: int) -> None:
+    """As behind an address that several servers share: one grants, another does not know of it."""
+    relay = ScriptedRelay()
+    network = Network([relay]).active()
+    network.run(60)
+    relay.errors[method] = [(code, True)]
+    network.clear()
+    suspended: list[float] = []
+    for second in range(240):
+        before = state(network)
+        if before == "active":
+            if method == REFRESH:
+                network.set.update([], [], network.now)
+            else:
+                network.set.bind_channel(RELAY_ID, peer(second), network.now)
+        relay.forget()
+        network.run(1)
+        if state(network) == "suspended" and before != "suspended":
+            suspended.append(network.now)
+    assert len(network.requests(ALLOCATE)) <= 10
+    assert [later - sooner for sooner, later in pairwise(suspended)] == pytest.approx([30, 60, 120], abs=3)
+    assert len(network.all(CandidateInvalidated)) <= 16
+    relay.errors.clear()
+    network.run(300)
+    assert state(network) == "active"
+
+
 @pytest.mark.spec("TURN-32")
 def test_relay_that_says_mismatch_to_everything_is_left_alone_after_three_deletes() -> None:
     relay = ScriptedRelay()
