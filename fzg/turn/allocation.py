@@ -491,8 +491,11 @@ class Allocation:
     def _handle_channel_bound(self, transaction: Transaction, now: float) -> None:
         channel = self._bound_channel(transaction)
         if channel is not None:
+            lapsed = channel.lapsed
             self._channels.confirm(channel, now)
             self._refusals.forgive(channel.peer)
+            if lapsed:  # the answer to its refresh came late, but the relay has bound it anew
+                self._announce(channel, usable=True)
 
     def _handle_error(self, transaction: Transaction, message: stun.Message, code: int, now: float) -> None:
         if transaction.purpose is Purpose.BINDING:

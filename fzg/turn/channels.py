@@ -109,6 +109,7 @@ class ChannelTable:
         """The ChannelBind succeeded."""
         channel.confirmed = True
         channel.binding = False
+        channel.lapsed = False
         channel.used = False
         channel.bound_at = now
         self._arm(channel)

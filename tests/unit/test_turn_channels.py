@@ -203,6 +203,19 @@ class TestRefresh:
         assert len(network.requests(CHANNEL_BIND)) > 1
         assert network.set.route(RELAY_ID, peer(0), network.now) is not None
 
+    def test_refresh_that_is_answered_after_the_lapse_makes_the_channel_usable_again(self) -> None:
+        network = bound()
+        network.run(599)
+        network.relays[0].delay = 2.0
+        network.set.note_data(RELAY_ID, 0x4000, sent=False, received=True, now=network.now)
+        network.run(4)
+        assert [event.receivable for event in network.all(ChannelChanged)] == [False, True]
+        assert network.set.route(RELAY_ID, peer(0), network.now) == Route(socket_of(network), 0x4000)
+        network.drain()
+        assert {number for number, _ in binds(network)} == {0x4000}
+        network.run(599)
+        assert len(network.all(ChannelChanged)) == 2
+
     def test_refresh_that_fails_removes_the_channel(self) -> None:
         network = bound()
         network.set.nominate(RELAY_ID, peer(0), nominated=True)
