@@ -34,7 +34,6 @@ from fzg.ops.health import Health
 from fzg.ops.lag import Histogram, LoopLag
 from fzg.ops.metrics import Metrics, Sources
 from fzg.ops.notify import Notifier
-from fzg.ops.portal_watch import PortalWatch
 from fzg.ops.requests import Requests
 from fzg.ops.wire_trace import traced
 from fzg.portal import identity, url, user_agent
@@ -83,7 +82,6 @@ class App:
         self._host_thread = ThreadPool(1)
         self._resolutions = Pool(MAX_RESOLUTIONS)  # the tunnel asks for no more, so the pool never blocks
         self._tun_configured = settings.tun_fd is not None
-        self._joined_once = False
         self._armed_at = float("inf")
         self._network: HostNetwork | None = None
         self._draining: Drain | None = None
@@ -91,7 +89,6 @@ class App:
         self._tasks: list[gevent.Greenlet] = []
         self._lag = LoopLag()
         self._lookups = Histogram(LOOKUP_BUCKETS)
-        self._portal_watch = PortalWatch(clock.now())
         self._notifier = Notifier(os.environ)
         self._report_at = 0.0
         self._hinted = False
@@ -119,7 +116,7 @@ class App:
             return "the gateway is shutting down"
         if self._draining is not None and self._draining.is_under_way:
             return f"the gateway is being drained, clients left: {self._draining.remaining}"
-        if not self._joined_once:
+        if self._portal.joined_at is None:
             return "the portal has not been joined yet"
         if not self._tun_configured:
             return "the TUN device is not configured yet"
@@ -175,9 +172,6 @@ class App:
             ),
             user_agent=user_agent.host_user_agent(),
         )
-        self._health = Health(settings.health_address, self, self._metrics().render if settings.metrics else None)
-        self._health.start()
-        self._flow_logs.start()
         self._portal = PortalConnection(
             Login(
                 url=portal_url,
@@ -191,6 +185,9 @@ class App:
             dialing=DialOptions(resolve=addresses_of, ssl_context=trusted.context, proxy=proxy, mark=self._mark),
             reconnect=Reconnect(random=os.urandom, max_partition=settings.max_partition_time),
         )
+        self._health = Health(settings.health_address, self, self._metrics().render if settings.metrics else None)
+        self._health.start()
+        self._flow_logs.start()
         self._draining = Drain(self._gateway, self._portal, settle=self._drain, finished=lambda: self._stop.set(None))
         requests = Requests(
             gateway=self._gateway,
@@ -218,7 +215,7 @@ class App:
             Sources(
                 gateway=self._gateway,
                 engine=self._engine,
-                portal=self._portal_watch,
+                portal=self._portal,
                 lag=self._lag,
                 lookups=self._lookups,
                 not_ready_because=self.not_ready_because,
@@ -296,23 +293,17 @@ class App:
 
     def on_connected(self) -> None:
         """The channel is joined."""
-        self._joined_once = True
-        self._portal_watch.handle_joined()
-        now = clock.now()
-        self._gateway.handle_portal_connected(now)
+        self._gateway.handle_portal_connected(clock.now())
         self._drain()
 
     def on_message(self, message: Inbound) -> None:
         """One portal message."""
-        now = clock.now()
-        self._gateway.handle_portal_message(message, now)
+        self._gateway.handle_portal_message(message, clock.now())
         self._drain()
 
     def on_disconnected(self) -> None:
         """The channel is down; it will be dialled again."""
-        now = clock.now()
-        self._portal_watch.handle_failure(now)
-        self._gateway.handle_portal_disconnected(now)
+        self._gateway.handle_portal_disconnected(clock.now())
         self._drain()
 
     def on_unsent(self, messages: Sequence[CandidateBroadcast]) -> None:
@@ -361,7 +352,7 @@ class App:
         not_ready = self.not_ready_because()
         if not_ready is not None:
             status = f"Not ready: {not_ready}"
-        elif self._portal_watch.is_joined:
+        elif self._portal.away_since is None:
             status = f"{clients}, portal joined"
         else:
             status = f"{clients}, portal away: {self._portal.last_error}"

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fzg.gateway import Gateway
     from fzg.ops.flow_logs import Backlog
     from fzg.ops.lag import Histogram, LoopLag
-    from fzg.ops.portal_watch import PortalWatch
+    from fzg.portal.websocket import PortalConnection
 
 # Direction as seen by the process's clients: what they send is received, what is for them transmitted.
 RECEIVE: Final = "receive"
@@ -78,7 +78,7 @@ class Sources(NamedTuple):
 
     gateway: Gateway
     engine: Engine
-    portal: PortalWatch
+    portal: PortalConnection
     lag: LoopLag
     lookups: Histogram
     not_ready_because: Callable[[], str | None]
@@ -271,6 +271,7 @@ class _Collector:
 
     def _portal(self) -> Iterator[Metric]:
         sources = self._sources
+        away_since = sources.portal.away_since
         yield _gauge(
             "firezone_gateway_ready",
             "1 where /readyz answers 200, else 0.",
@@ -281,13 +282,13 @@ class _Collector:
             "firezone_gateway_portal_joined",
             "1 while the portal's room is joined, else 0.",
             (),
-            {(): float(sources.portal.is_joined)},
+            {(): float(away_since is None)},
         )
         yield _gauge(
             "firezone_gateway_portal_partition_seconds",
             "How long the portal has been away, 0 while the room is joined.",
             (),
-            {(): sources.portal.partition_age(sources.clock())},
+            {(): 0.0 if away_since is None else max(0.0, sources.clock() - away_since)},
         )
         yield _gauge(
             "firezone_gateway_portal_partition_limit_seconds",

@@ -111,7 +111,7 @@ def _portal(portal: PortalConnection, now: float) -> dict[str, Any]:
         "host": portal.host,
         "state": str(portal.state),
         "connected_for": _since(portal.joined_at, now) if connected else None,
-        "partition_age": _since(portal.parted_at, now) if not connected else None,
+        "partition_age": _since(portal.away_since, now) if not connected else None,
         "last_error": portal.last_error,
         "next_attempt_in": max(0.0, round(portal.dials_at - now, 3)) if portal.dials_at is not None else None,
     }

@@ -112,15 +112,16 @@ class PortalConnection:
         clock: Callable[[], float] | None = None,
         timing: Timing | None = None,
     ) -> None:
+        self._clock = clock or functools.partial(time.clock_gettime, time.CLOCK_BOOTTIME)
         self.last_error: str | None = None
+        self.hiccups = 0  # dials that failed and connections that ended
         self.joined_at: float | None = None  # times are of `clock`; the last join
-        self.parted_at: float | None = None  # when the last connection that was joined ended
+        self.away_since: float | None = self._clock()  # None from a join to the end of its connection
         self.dials_at: float | None = None  # when the next dial is due, while none is under way
         self._login = login
         self._handler = handler
         self._dialing = dialing
         self._reconnect = reconnect
-        self._clock = clock or functools.partial(time.clock_gettime, time.CLOCK_BOOTTIME)
         self._timing = timing or Timing()
         self._path: ApiPath | None = None
         self._session: Session | None = None
@@ -204,6 +205,7 @@ class PortalConnection:
             if body:
                 fields["body"] = body
             _LOG.info("Portal connection failed, dialling again: %s", cause, extra=fields)
+        self.hiccups += 1
         self._handler.on_disconnected()
         self._give_back_unsent()
         if retry is not None:
@@ -262,7 +264,6 @@ class PortalConnection:
         """Runs one WebSocket to its end; returns why it ended."""
         # Portals before March 2025 crash on an event they do not know; the v2 path is younger than this one (2.3).
         capabilities = SetSnownetCapabilities(iceless=False) if self._path is ApiPath.V2 else None
-        before = self.joined_at
         session = Session(
             stream,
             Channel(now=self._clock(), capabilities=capabilities, timing=self._timing),
@@ -278,13 +279,13 @@ class PortalConnection:
         finally:
             self._session = None
             self._unsent = session.unsent()
-            if self.joined_at != before:
-                self.parted_at = self._clock()
+            if self.away_since is None:
+                self.away_since = self._clock()
 
     def _handle_joined(self) -> None:
         _LOG.info("Connected to the portal", extra={"host": self._login.url.host})
         self._reconnect.handle_joined()
-        self.joined_at = self._clock()
+        self.joined_at, self.away_since = self._clock(), None
         self.last_error = None
         self._handler.on_connected()
 

@@ -421,12 +421,21 @@ def test_an_error_of_the_application_surfaces_in_run(portal):
 
 def test_a_portal_that_restarts_is_found_again(portal, dial):
     gateway = dial()
+    connection = gateway.connection
+    assert connection.joined_at is None
+    assert connection.away_since is not None, "since it was made"
     gateway.wait_connected()
+    assert (connection.away_since, connection.hiccups) == (None, 0)
     port = portal.port
     portal.stop()
     gateway.wait_for("disconnected")
+    away_since = connection.away_since
+    assert away_since >= connection.joined_at
+    gateway.wait_for("disconnected", 2)
+    assert (connection.away_since, connection.hiccups) == (away_since, 2), "a dial that fails does not begin it anew"
     with ScriptedPortal(port=port) as successor:
         successor.push_after_join = [("init", INIT)]
         gateway.wait_connected(2)
         gateway.wait_for("Init")
         assert successor.connection(0).frame("phx_join")["ref"] == 0
+        assert connection.away_since is None

@@ -17,7 +17,6 @@ from fzg.ops import metrics
 from fzg.ops.flow_logs import Backlog
 from fzg.ops.lag import Histogram, LoopLag
 from fzg.ops.metrics import Metrics, Sources, buffers_of
-from fzg.ops.portal_watch import PortalWatch
 from tests.unit.dataplane_world import udp
 from tests.unit.gateway_world import (
     CLIENT_ID,
@@ -49,7 +48,7 @@ class Scraped:
     def __init__(self):
         self.world = world().start()
         self.core = self.world.gateway.core
-        self.portal = PortalWatch(now=100.0)
+        self.portal = SimpleNamespace(away_since=100.0, hiccups=0)
         self.lag, self.lookups = LoopLag(), Histogram((0.005, 10.0))
         self.reason = None
         self.backlog = Backlog(7, 2, 1)
@@ -201,14 +200,13 @@ def test_without_relays_there_is_no_round_trip(scraped):
     assert all(math.isnan(value) for value in scraped.values("firezone_gateway_relay_rtt_seconds").values())
 
 
-def test_the_portal_is_away_since_the_first_failure_until_it_is_joined(scraped):
+def test_the_portal_is_away_while_it_says_so(scraped):
     assert (scraped.value("firezone_gateway_portal_joined"), scraped.value("firezone_gateway_ready")) == (0, 1)
     assert scraped.value("firezone_gateway_portal_partition_seconds") == 30
-    scraped.portal.handle_joined()
+    scraped.portal.away_since = None
     assert scraped.value("firezone_gateway_portal_joined") == 1
     assert scraped.value("firezone_gateway_portal_partition_seconds") == 0
-    for moment in (200.0, 205.0):
-        scraped.portal.handle_failure(moment)
+    scraped.portal.away_since, scraped.portal.hiccups = 200.0, 2
     scraped.now, scraped.reason = 260.0, "the gateway is shutting down"
     assert scraped.value("firezone_gateway_portal_partition_seconds") == 60
     assert scraped.values("portal_connection_hiccup") == {(): 2}

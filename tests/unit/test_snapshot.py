@@ -56,7 +56,7 @@ def test_which_port_to_forward_is_that_of_our_socket():
 
 
 def portal(**fields):
-    values = {"host": "portal.test", "joined_at": None, "parted_at": None, "dials_at": None, "last_error": None}
+    values = {"host": "portal.test", "joined_at": None, "away_since": None, "dials_at": None, "last_error": None}
     return SimpleNamespace(**(values | {"state": State.CONNECTED} | fields))
 
 
@@ -129,7 +129,7 @@ def test_the_portal_s_partition_and_its_next_attempt_are_told():
     w = connected()
     now = w.net.now
     away = portal(
-        state=State.CONNECTING, joined_at=now - 100, parted_at=now - 30, dials_at=now + 4, last_error="refused"
+        state=State.CONNECTING, joined_at=now - 100, away_since=now - 30, dials_at=now + 4, last_error="refused"
     )
     shown = overview(w, away)["portal"]
     assert shown == {
@@ -146,7 +146,7 @@ def test_everything_can_be_shown_as_tables_and_no_text_of_others_steers_the_term
     from rich.console import Console
 
     w = connected()
-    shown = overview(w, portal(state=State.CONNECTING, parted_at=w.net.now, last_error="\x1b[31m[red]no[/]"))
+    shown = overview(w, portal(state=State.CONNECTING, away_since=w.net.now, last_error="\x1b[31m[red]no[/]"))
     shown["clients"] = [snapshot.client(w.gateway.core, CLIENT_ID, w.net.now)]
     shown["clients"][0] |= {"relayed": True, "relayed_because": "our NAT maps by destination"}
     shown["drops"] = {"to client: NotAllowed": 12345}
