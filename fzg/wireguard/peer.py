@@ -175,6 +175,8 @@ class Peer:
             response = Response.parse(message)
         except Malformed as error:
             return self._drop(str(error))
+        if now > self._last_initiation + self._timing.rekey_attempt_time:
+            self._pending.clear()
         pending = next((each for each in self._pending if each.local_index == response.receiver), None)
         if pending is None:
             return self._drop("response to no initiation of ours")
@@ -182,6 +184,8 @@ class Peer:
         established = noise.complete(pending, response, static=self._static, preshared_key=preshared_key)
         if established is None:
             return self._drop("response not authentic")
+        # A later one stays outstanding: the peer may keep only the session that it makes for that one.
+        del self._pending[: self._pending.index(pending) + 1]
         self._engine.note_handshake(self._peer, sent=False, now=now)
         self._sessions.add(established, initiator=True, now=now)
         self._complete(now)
@@ -339,7 +343,6 @@ class Peer:
         self._completed = now
         self._attempt_began = None
         self._renewal = None
-        self._pending.clear()
         self._events.append(HandshakeCompleted(now))
 
     def _send_initiation(self, now: float) -> None:

@@ -246,6 +246,44 @@ def test_a_response_to_the_third_last_initiation_is_dropped() -> None:
     assert world.client.peer.dropped == {"response to no initiation of ours": 1}
 
 
+def test_a_response_to_the_later_initiation_is_accepted_after_one_to_the_earlier() -> None:
+    """Peers with room for one unconfirmed session, as Linux's own, have dropped the earlier by then."""
+    world = World()
+    first, second = initiation(world), initiation(world)
+    (early,), (late,) = receive(world.gateway, first, START), receive(world.gateway, second, START)
+    assert world.client.peer.handle_response(early, START)
+    assert world.client.peer.handle_response(late, START + 1)
+    assert world.client.engine.used[7] == max(world.client.engine.sessions)
+    assert len(world.client.engine.sessions) == 2
+
+
+def test_a_response_to_the_earlier_initiation_is_dropped_after_one_to_the_later() -> None:
+    world = World()
+    first, second = initiation(world), initiation(world)
+    (early,), (late,) = receive(world.gateway, first, START), receive(world.gateway, second, START)
+    assert world.client.peer.handle_response(late, START)
+    assert not world.client.peer.handle_response(early, START)
+
+
+def test_a_response_is_accepted_although_the_peers_own_handshake_was_completed_first() -> None:
+    """Of two simultaneous handshakes both are completed, in whatever order their messages come."""
+    world = World()
+    world.gateway.peer.initiate(START)
+    (ours,) = world.gateway.drain()
+    (response,) = receive(world.client, ours, START)
+    world.client.peer.initiate(START)
+    world.settle()
+    assert world.gateway.events == [HandshakeCompleted(START)]
+    assert world.gateway.peer.handle_response(response, START)
+
+
+def test_a_response_that_comes_after_the_attempts_end_is_dropped() -> None:
+    world = World()
+    (response,) = receive(world.gateway, initiation(world), START)
+    assert not world.client.peer.handle_response(response, START + 20.001)
+    assert world.client.peer.dropped == {"response to no initiation of ours": 1}
+
+
 def test_a_response_is_accepted_once() -> None:
     world = World()
     (response,) = receive(world.gateway, initiation(world), START)
