@@ -15,7 +15,7 @@ from gevent.event import AsyncResult, Event
 from gevent.pool import Pool
 from gevent.threadpool import ThreadPool
 
-from fzg.dataplane.select import EngineUnavailableError, make_engine
+from fzg.dataplane.select import EngineUnavailableError, engine_name, make_engine
 from fzg.gateway import ConfigureHost, ConfigureUploads, Gateway, KeepToken, Resolve, SendToPortal
 from fzg.host import clock, sysctl, trust, tun, udp
 from fzg.host.addresses import AddressWatch, local_addresses
@@ -223,7 +223,7 @@ class App:
                 sockets=[opened.socket for opened in self._sockets],
                 log_lines=logs.lines_by_level,
                 clock=clock.now,
-                facts={"version": VERSION, "engine": type(self._engine).__name__.removesuffix("Engine").lower()},
+                facts={"version": VERSION, "engine": engine_name(self._engine)},
                 max_partition=self._settings.max_partition_time,
             )
         )

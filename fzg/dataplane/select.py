@@ -33,3 +33,8 @@ def make_engine() -> Engine:
         _LOG.info("Packets are handled in Python, several times slower: the native engine was not built")
         return PureEngine()
     return NativeEngine()
+
+
+def engine_name(engine: Engine) -> str:
+    """`native` or `pure`, as `FIREZONE_ENGINE` has it."""
+    return "pure" if isinstance(engine, PureEngine) else "native"

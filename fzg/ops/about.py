@@ -47,7 +47,7 @@ def _engine() -> str:
         engine = select.make_engine()
     except select.EngineUnavailableError as error:
         return f"none: {error}"
-    if type(engine).__name__ == "NativeEngine":
+    if select.engine_name(engine) == "native":
         return "native"
     if os.environ.get("FIREZONE_ENGINE") == "pure":
         return "pure, which FIREZONE_ENGINE asks for"

@@ -11,7 +11,7 @@ from enum import StrEnum
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
-from fzg.dataplane.pure import PureEngine
+from fzg.dataplane.select import engine_name
 from fzg.host.udp import PREFERRED_PORT
 from fzg.ops import drops
 from fzg.portal.websocket import State as PortalState
@@ -21,7 +21,6 @@ from fzg.wire.candidate import Kind
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fzg.dataplane.engine import Engine
     from fzg.gateway import Gateway
     from fzg.node.connection import Connection
     from fzg.portal.websocket import PortalConnection
@@ -77,11 +76,6 @@ def overview(
         "client_count": len(gateway.client_ids),
         "drops": drops.dropped(gateway),
     }
-
-
-def engine_name(engine: Engine) -> str:
-    """Which engine runs."""
-    return "pure" if isinstance(engine, PureEngine) else "native"
 
 
 def client(gateway: Gateway, client_id: str, now: float) -> dict[str, Any] | None:
