@@ -47,3 +47,29 @@ def test_links_lead_somewhere(page):
     targets = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
     missing = [each for each in targets if "://" not in each and not (page.parent / each).exists()]
     assert missing == []
+
+
+OF_OTHERS = (  # the launcher's, the loader's and OpenSSL's own words
+    "Failed to load Python shared library", "failed to map segment", "Could not create temporary directory",
+    "Failed to extract", "return code -1", "GLIBC_2.", "not found",
+    "certificate is not yet valid", "certificate has expired",
+)  # fmt: skip
+
+
+def texts_of_the_code():
+    """Every text of the program, with a gap where a value is put in; those that stand side by side are one."""
+    for path in (ROOT / "fzg").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+            elif isinstance(node, ast.JoinedStr):
+                yield "".join(str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values)
+
+
+def test_what_a_line_of_the_log_is_said_to_say_it_says():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    table = page.partition("## It does not start")[2].partition("## ")[0]
+    quoted = [each for row in table.splitlines()[4:] for each in re.findall(r"`([^`]+)`", row.split(" | ")[0])]
+    assert len(quoted) > 10
+    texts = [re.sub(r"^\0", "/dev/net/tun", text) for text in texts_of_the_code()]
+    assert [each for each in quoted if each not in OF_OTHERS and not any(each in text for text in texts)] == []

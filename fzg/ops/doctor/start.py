@@ -26,7 +26,7 @@ _OFFLOADING_KERNEL: Final = (6, 2)
 
 # The identity takes a few bytes; the records of flows that wait for their upload, some megabytes.
 _ENOUGH_STATE: Final = 1 << 20
-# The one-file form unpacks about 45 MB.
+# The one-file form unpacks 25 MB, and a command does so beside the gateway.
 _ENOUGH_TEMPORARY: Final = 64 << 20
 _ENOUGH_INODES: Final = 200
 
