@@ -92,13 +92,18 @@ def _attach(descriptor: int, name: str, node: Path) -> None:
         fcntl.ioctl(descriptor, _TUNSETIFF, request)
     except OSError as error:
         if error.errno == errno.EBUSY:
-            raise TunError(f"TUN device {name} is in use by another process") from error
+            raise TunError(
+                f"TUN device {name} is in use by another process; a gateway runs here already, so stop that one first"
+                " (as root, firezone-gateway doctor names it)"
+            ) from error
         if error.errno in (errno.ENOTTY, errno.EBADFD):
             raise TunError(f"{node} is not the TUN driver's node") from error
         if error.errno == errno.EPERM:
             raise TunError(f"TUN device {name}: needs root or CAP_NET_ADMIN") from error
         if error.errno == errno.EINVAL:
-            raise TunError(f"TUN device {name}: an interface of this name and another kind exists") from error
+            raise TunError(
+                f"TUN device {name}: an interface of this name and another kind exists; as root: ip link delete {name}"
+            ) from error
         raise TunError(f"TUN device {name}: {error.strerror}") from error
 
 

@@ -40,7 +40,7 @@ class AuthenticationFailed(FatalPortalError):  # noqa: N818
     """HTTP 401 without a code that names the token."""
 
     def __init__(self, detail: str | None) -> None:
-        super().__init__(f"authentication failed: {detail or 'no reason provided'}")
+        super().__init__(f"authentication failed: {detail or 'no reason provided'}; {remedy.REFUSED}")
 
 
 class LoginFailed(FatalPortalError):  # noqa: N818

@@ -17,6 +17,7 @@ _WRONG_NAME: Final = frozenset({62, 64})
 
 SET_CLOCK: Final = "sudo timedatectl set-ntp true"
 TOKEN: Final = "make a new token for the site in the portal and set FIREZONE_TOKEN to it"  # noqa: S105 - an advice
+REFUSED: Final = "check FIREZONE_API_URL and any proxy, for it may not be the portal that answers; then the token"
 IDENTITY: Final = "give each gateway its own FIREZONE_ID (firezone-gateway id --new makes one)"
 NAME: Final = "check the nameservers in /etc/resolv.conf and the host name in FIREZONE_API_URL"
 

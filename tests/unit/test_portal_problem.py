@@ -37,7 +37,7 @@ def test_401_with_a_token_code_says_that_the_token_is_invalid(code, kind):
 def test_any_other_401_is_a_failed_authentication(body, kind, text):
     error = rejection(401, body, content_type=kind).fatal_error
     assert isinstance(error, AuthenticationFailed)
-    assert str(error) == f"authentication failed: {text}"
+    assert str(error).startswith(f"authentication failed: {text}; check FIREZONE_API_URL")
 
 
 @pytest.mark.spec("PORTAL-30")

@@ -77,7 +77,8 @@ def test_offloads_are_all_or_nothing(kernel: Callable[..., Kernel], node: Path, 
 
 
 @pytest.mark.parametrize(("code", "message"), [
-    (errno.EBUSY, "tun-firezone is in use by another process"), (errno.EPERM, "needs root or CAP_NET_ADMIN"),
+    (errno.EBUSY, "tun-firezone is in use by another process; a gateway runs here already"),
+    (errno.EPERM, "needs root or CAP_NET_ADMIN"),
     (errno.EINVAL, "another kind"), (errno.ENOMEM, "Cannot allocate memory"),
 ])  # fmt: skip
 def test_a_refused_attachment_is_explained_and_leaves_nothing_open(
