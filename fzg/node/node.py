@@ -141,7 +141,7 @@ class Node:
         self._connections: dict[str, Connection] = {}
         self._by_index: dict[int, Connection] = {}
         self._by_username: dict[str, Connection] = {}
-        self._by_public_key: dict[bytes, Connection] = {}
+        self._by_public_key: dict[bytes, list[Connection]] = {}
         self._requests: OrderedDict[bytes, _Request] = OrderedDict()
         self._relayed = RelayedPaths(relays=self.relays, engine=engine, now=now)
         self._homeless: dict[str, Connection] = {}
@@ -394,7 +394,7 @@ class Node:
         self._connections[client_id] = connection
         self._by_index[index] = connection
         self._by_username[_username(identity)] = connection
-        self._by_public_key[identity.public_key] = connection
+        self._by_public_key.setdefault(identity.public_key, []).append(connection)
         for local in self._candidates(relay_id):
             self._offer(connection, local, now)
         is_reachable = address is None or connection.guess_remote(Endpoint(address, CLIENT_PORT), now)
@@ -445,7 +445,8 @@ class Node:
         username, public_key = _username(connection.identity), connection.identity.public_key
         if self._by_username.get(username) is connection:
             del self._by_username[username]
-        if self._by_public_key.get(public_key) is connection:
+        self._by_public_key[public_key].remove(connection)
+        if not self._by_public_key[public_key]:
             del self._by_public_key[public_key]
         self._timers.cancel(connection)
         self._homeless.pop(client_id, None)
@@ -534,7 +535,7 @@ class Node:
                 elif not isinstance(admission, Admitted):
                     self.counters[f"WireGuard: {admission.reason}"] += 1
                 elif kind is wg.MessageType.INITIATION:
-                    self._handle_initiation(payload, now)
+                    self._handle_initiation(payload, source, now)
                 else:
                     self._handle_receiver(kind, payload, now)
             case wg.MessageType.COOKIE_REPLY:
@@ -544,12 +545,14 @@ class Node:
             case None:
                 self.counters["neither STUN nor WireGuard"] += 1
 
-    def _handle_initiation(self, payload: bytes, now: float) -> None:
+    def _handle_initiation(self, payload: bytes, source: Endpoint, now: float) -> None:
         partial = identify(self._static, payload)
-        connection = self._by_public_key.get(partial.remote_static) if partial is not None else None
-        if partial is None or connection is None:
+        sharing = self._by_public_key.get(partial.remote_static) if partial is not None else None
+        if partial is None or sharing is None:
             self.counters["WireGuard: unknown client"] += 1
             return
+        # Who only claims another client's key must not get its handshakes: the address tells, which ICE has proven.
+        connection = next((each for each in sharing if each.agent.is_checked_from(source)), sharing[0])
         connection.handle_initiation(partial, now)
         self._settle(connection, now)
 

@@ -223,6 +223,33 @@ def test_initiations_of_two_clients_from_one_source_reach_their_connections():
         assert struct.unpack("<I", answers[0][8:12]) == (pending.local_index,)
 
 
+def test_connections_that_share_a_key_are_told_apart_by_the_address_that_checks_us():
+    """Else a client that claims another's key takes the other's handshakes, and with its end nobody gets them."""
+    w = world().start()
+    second = w.add_client(started=False)
+    second.static = w.client.static
+    w.connect()
+    w.gateway.on_frame = lambda message: None
+    w.authorize(second)
+    second_address = Endpoint(second.addresses[0], 52625)
+    key = second.gateway_credentials.password.reveal().encode()
+    inject(w, check(w, username="wxy2:abc2", key=key), second_address)
+    assert any(payload[:2] == b"\x01\x01" for payload in sent_to(w, second_address))
+    handshakes = {client.client_id: w.gateway.node.connection(client.client_id) for client in w.clients}
+
+    def taken(source, at):
+        before = {name: connection.peer._indices._counter for name, connection in handshakes.items()}
+        message, _ = initiation(w, w.client.static, at)
+        inject(w, message, source)
+        return [name for name, old in before.items() if handshakes[name].peer._indices._counter != old]
+
+    assert taken(Endpoint(w.client.addresses[0], 52625), 1.0) == [w.client.client_id]
+    assert taken(second_address, 2.0) == [second.client_id]
+    assert taken(STRANGER, 3.0) == [w.client.client_id]
+    w.reject(second)
+    assert taken(Endpoint(w.client.addresses[0], 52625), 4.0) == [w.client.client_id]
+
+
 @pytest.mark.spec("CONN-12")
 def test_data_is_accepted_from_any_source():
     w = world().start()
