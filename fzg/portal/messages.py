@@ -31,6 +31,9 @@ UnixTime: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
 Port: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)]
 _Unsigned: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
 
+MAX_ICE_USERNAME = 256
+"""Bytes (RFC 8445 5.3); a check carries two, and what no STUN attribute holds could never be sent."""
+
 
 class Id(str):
     """A UUID in its lower-case hyphenated form."""
@@ -52,6 +55,12 @@ class Ipv4(bytes):
 
 class Ipv6(bytes):
     """A tunnel address, 16 bytes in network order."""
+
+    __slots__ = ()
+
+
+class IceUsername(str):
+    """The user name fragment of one ICE side, of at most `MAX_ICE_USERNAME` bytes."""
 
     __slots__ = ()
 
@@ -172,7 +181,7 @@ class FlowLogs(msgspec.Struct, frozen=True, kw_only=True):
 class IceCredentials(msgspec.Struct, frozen=True, kw_only=True):
     """User name fragment and password of one ICE side."""
 
-    username: str
+    username: IceUsername
     password: Secret[str]
 
 
@@ -435,10 +444,17 @@ def _ipv6(value: object) -> Ipv6:
     return Ipv6(address.packed)
 
 
+def _ice_username(value: object) -> IceUsername:
+    text = _text(value)
+    if not 0 < len(text.encode()) <= MAX_ICE_USERNAME:
+        raise ValueError(f"Expected an ICE user name of 1 to {MAX_ICE_USERNAME} bytes")
+    return IceUsername(text)
+
+
 def _cidr(value: object) -> Cidr:
     text = _text(value)
-    _, slash, prefix = text.partition("/")
-    if not slash or not (prefix.isascii() and prefix.isdigit()):
+    address, slash, prefix = text.partition("/")
+    if not slash or "%" in address or not (prefix.isascii() and prefix.isdigit()):
         raise ValueError("Expected a network with a prefix length")
     try:
         return Cidr(ip_network(text, strict=True))
@@ -515,6 +531,7 @@ _HOOKS: dict[Any, Callable[[object], object]] = {
     Secret[str]: lambda value: Secret(_text(value)),
     Ipv4: _ipv4,
     Ipv6: _ipv6,
+    IceUsername: _ice_username,
     Cidr: _cidr,
     Relays: _relays,
     Candidates: _candidates,

@@ -55,6 +55,10 @@ def cidr(**changes):
     return {"type": "cidr", "id": RESOURCE, "name": "Lab", "address": "10.9.0.0/16", "filters": []} | changes
 
 
+def ice(username):
+    return {"username": username, "password": "latqe7iwpjyrccojsy4ywy"}
+
+
 def authorization(**changes):
     return {
         "ref": "SFMyNTY.ZXhhbXBsZQ.c2lnbmF0dXJl",
@@ -243,6 +247,9 @@ def test_a_bad_key_resource_or_filter_invalidates_an_authorization(changes):
     {"ref": 7}, {"ref": None}, {"client": None}, {"use_iceless": "no"},
     {"expires_at": 1790028800.5}, {"expires_at": 1790028800.0}, {"expires_at": "1790028800"}, {"expires_at": -1},
     {"client_ice_credentials": {"username": "x"}}, {"gateway_ice_credentials": {"username": "x", "password": 1}},
+    {"client_ice_credentials": ice("u" * 257)}, {"gateway_ice_credentials": ice("u" * 100_000)},
+    {"client_ice_credentials": ice("")}, {"gateway_ice_credentials": ice("ü" * 129)},
+    {"resource": cidr(address="fe80::%lo/64")},
     {"resource": cidr(address="10.9.0.1/16")}, {"resource": cidr(address="10.9.0.0")},
     {"resource": cidr(address="10.9.0.0/255.255.0.0")}, {"resource": cidr(address="10.9.0.0/33")},
     {"resource": cidr(id="99999999")},
