@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,17 @@ def test_what_a_line_of_the_log_is_said_to_say_it_says():
     assert len(quoted) > 10
     texts = [re.sub(r"^\0", "/dev/net/tun", text) for text in texts_of_the_code()]
     assert [each for each in quoted if each not in OF_OTHERS and not any(each in text for text in texts)] == []
+
+
+A_LIMIT = re.compile(r"^\| ([^|]+) \| ([\d,]+) \| `(\w+)` in `(fzg/\S+)\.py` \|$", re.MULTILINE)
+LIMITS = A_LIMIT.findall((ROOT / "docs" / "security.md").read_text())
+
+
+@pytest.mark.parametrize(("what", "limit", "name", "module"), LIMITS, ids=[what for what, *_ in LIMITS])
+def test_a_limit_is_as_high_as_the_security_page_says(what, limit, name, module):
+    assert getattr(import_module(module.replace("/", ".")), name) == int(limit.replace(",", ""))
+
+
+def test_each_limit_of_the_security_page_is_checked():
+    table = (ROOT / "docs" / "security.md").read_text().partition("## Limits")[2].partition("## ")[0]
+    assert table.count("\n| ") - 2 == len(LIMITS) > 10
