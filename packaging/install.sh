@@ -97,9 +97,10 @@ main() {
     local id token written_settings
     id=${FIREZONE_ID:-$(from_old_unit FIREZONE_ID)}
     token=${FIREZONE_TOKEN:-$(from_old_unit FIREZONE_TOKEN)}
-    [ -n "$id" ] || fail "FIREZONE_ID is required: FIREZONE_ID=... FIREZONE_TOKEN=... bash <(curl ...)"
+    [ -n "$id" ] || fail "FIREZONE_ID is required: FIREZONE_ID=... FIREZONE_TOKEN=... bash <(curl ...)" \
+        "A new one, for this host alone: head -c 32 /dev/urandom | sha256sum | cut -c 1-64"
     [ -n "$token" ] || as_root test -s "$token_file" ||
-        fail "FIREZONE_TOKEN is required: $token_file has none either"
+        fail "FIREZONE_TOKEN is required: $token_file has none either. The portal shows one when a gateway is added to a site."
     written_settings=$(settings)
     check_systemd
 
