@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
-from fzg.commands.connection import PATIENCE, RefusedError, ask
+from fzg.commands.connection import PATIENCE, RefusedError, ask, first_of
 from fzg.ops.capture import DEFAULT_COUNT, DEFAULT_SECONDS, LINKTYPE_RAW, MAX_COUNT, MAX_SECONDS
 
 if TYPE_CHECKING:
@@ -62,9 +62,7 @@ def command(*, client: str, count: int, seconds: float, output: str | None, as_j
     if output == "-" and as_json:
         raise click.UsageError("--json would be mixed with the packets on standard output; name a file with --output")
     lines = ask("capture", patience=seconds + PATIENCE, client=client, count=count, seconds=seconds)
-    begun = next(lines, None)
-    if begun is None:
-        raise RefusedError("the gateway hung up without an answer; is it shutting down?")
+    begun = first_of(lines)
     path = output or f"firezone-{begun['client'][:8]}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.pcap"
     with _opened(path, replace=output is not None) as file:
         result = _write(file, lines)

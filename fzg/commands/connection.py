@@ -50,8 +50,13 @@ def ask(request: str, /, *, patience: float = PATIENCE, **fields: Any) -> Iterat
 
 def ask_once(request: str, /, **fields: Any) -> dict[str, Any]:
     """An answer of one line."""
-    for answer in ask(request, **fields):
-        return answer
+    return first_of(ask(request, **fields))
+
+
+def first_of(answer: Iterator[dict[str, Any]]) -> dict[str, Any]:
+    """The first line of an answer. Raises `RefusedError` where there is none."""
+    for line in answer:
+        return line
     raise RefusedError("the gateway hung up without an answer; is it shutting down?")
 
 

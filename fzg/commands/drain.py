@@ -8,7 +8,7 @@ import sys
 import click
 
 from fzg.commands.connection import RefusedError, ask
-from fzg.ops.drain import DEFAULT_TIMEOUT
+from fzg.ops.drain import DEFAULT_TIMEOUT, LONGEST_TIMEOUT
 
 
 @click.command(
@@ -16,7 +16,7 @@ from fzg.ops.drain import DEFAULT_TIMEOUT
 )
 @click.option(
     "--timeout",
-    type=click.FloatRange(0, 86_400),
+    type=click.FloatRange(0, LONGEST_TIMEOUT),
     default=DEFAULT_TIMEOUT,
     show_default=True,
     metavar="SECONDS",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from fzg.commands.connection import RefusedError, ask, printable
+from fzg.commands.connection import ask, first_of, printable
 from fzg.node.path import PathKind
 from fzg.ops import drops
 from fzg.settings import SettingError, parse_duration
@@ -86,10 +86,7 @@ def command(*, as_json: bool, watch: float | None) -> None:
 def fetch() -> dict[str, Any]:
     """The whole status; `clients` is a list under that name."""
     lines = ask("status")
-    shown: dict[str, Any] | None = next(lines, None)
-    if shown is None:
-        raise RefusedError("the gateway hung up without an answer; is it shutting down?")
-    return shown | {"clients": [client for line in lines for client in line["clients"]]}
+    return first_of(lines) | {"clients": [client for line in lines for client in line["clients"]]}
 
 
 def _console() -> Console:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Final
@@ -22,17 +23,19 @@ def has_net_admin(*, status: Path = _STATUS, uid: int | None = None) -> bool:
 def effective_capabilities(status: Path = _STATUS) -> int:
     """The effective set as a bit mask; 0 where /proc does not say."""
     try:
-        lines = status.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
+        return int(status_field("CapEff", status), 16)
+    except ValueError:
         return 0
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name == "CapEff":
-            try:
-                return int(value, 16)
-            except ValueError:
-                return 0
-    return 0
+
+
+def status_field(name: str, status: Path = _STATUS) -> str:
+    """What /proc says of this process under a name; empty where it says nothing."""
+    with contextlib.suppress(OSError):
+        for line in status.read_text(encoding="utf-8", errors="replace").splitlines():
+            found, _, value = line.partition(":")
+            if found == name:
+                return value.strip()
+    return ""
 
 
 def privilege_remedy(executable: str, uid: int) -> str:

@@ -132,8 +132,7 @@ _SSH: Final = Path("/etc/ssh")
 
 SYSCTLS: Final = (
     *(setting.name for setting in sysctl.FORWARDING),
-    "net.core.rmem_max",
-    "net.core.wmem_max",
+    *(name for name, _ in sysctl.CEILINGS),
     "net.ipv4.conf.all.rp_filter",
 )
 
@@ -152,7 +151,7 @@ def observe(interface: str, udp_port: int, health_port: int) -> HostFacts:
         capabilities=capabilities.effective_capabilities(),
         executable=executable,
         nosuid=_flags(executable, os.ST_NOSUID),
-        no_new_privileges=_status("NoNewPrivs") == "1",
+        no_new_privileges=capabilities.status_field("NoNewPrivs") == "1",
         container=_container(),
         tun=_tun_node(),
         link=_link_kind(interface),
@@ -181,14 +180,6 @@ def observe(interface: str, udp_port: int, health_port: int) -> HostFacts:
 
 
 # -- processes
-
-
-def _status(name: str) -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith(f"{name}:"):
-                return line.partition(":")[2].strip()
-    return ""
 
 
 def _container() -> str:

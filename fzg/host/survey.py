@@ -17,7 +17,7 @@ from pyroute2.netlink.rtnl.rtmsg import rtmsg
 from fzg.host.netlink_socket import NetlinkSocket
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 # A router may hold a million routes; what concerns us stands among those that Linux lists first.
 MAX_OBJECTS: Final = 2000
@@ -36,6 +36,7 @@ SYSCTLS: Final = (
     "net.netfilter.nf_conntrack_max", "net.netfilter.nf_conntrack_count", "net.bridge.bridge-nf-call-iptables",
 )  # fmt: skip
 
+_FAMILIES: Final = {"ipv4": socket.AF_INET, "ipv6": socket.AF_INET6}
 _LINK: Final = ("IFLA_IFNAME", "IFLA_MTU", "IFLA_OPERSTATE", "IFLA_TXQLEN", "IFLA_QDISC", "IFLA_MASTER")
 _ADDRESS: Final = ("IFA_ADDRESS", "IFA_LOCAL", "IFA_LABEL")
 _ROUTE: Final = ("RTA_DST", "RTA_GATEWAY", "RTA_OIF", "RTA_PREFSRC", "RTA_PRIORITY", "RTA_TABLE")
@@ -53,7 +54,7 @@ _RULE: Final = (
 
 def files() -> dict[str, str]:
     """The files that exist, by path, or why one cannot be read."""
-    return dict(_files())
+    return {name: text for name in FILES if (text := _read(Path(name))) is not None}
 
 
 def sysctls() -> dict[str, str]:
@@ -84,25 +85,9 @@ def network() -> dict[str, Any]:
     return {
         "links": _dump(ifinfmsg, RTM_GETLINK, _link),
         "addresses": _dump(ifaddrmsg, RTM_GETADDR, _address),
-        "routes": {
-            str(family): _dump(rtmsg, RTM_GETROUTE, _route, number)
-            for family, number in (("ipv4", socket.AF_INET), ("ipv6", socket.AF_INET6))
-        },
-        "rules": {
-            str(family): _dump(fibmsg, RTM_GETRULE, _rule, number)
-            for family, number in (("ipv4", socket.AF_INET), ("ipv6", socket.AF_INET6))
-        },
+        "routes": {name: _dump(rtmsg, RTM_GETROUTE, _route, number) for name, number in _FAMILIES.items()},
+        "rules": {name: _dump(fibmsg, RTM_GETRULE, _rule, number) for name, number in _FAMILIES.items()},
     }
-
-
-def _files() -> Iterator[tuple[str, str]]:
-    for name in FILES:
-        try:
-            text = _read(Path(name))
-        except OSError as error:
-            text = f"cannot be read: {error.strerror}"
-        if text is not None:
-            yield name, text
 
 
 def _read(path: Path) -> str | None:

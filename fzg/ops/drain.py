@@ -20,6 +20,7 @@ _LOG = logging.getLogger(__name__)
 
 # A client that heard none of our goodbyes finds out by itself in about 15 s (connectivity 3.9): waiting longer is idle.
 DEFAULT_TIMEOUT = 20.0  # s
+LONGEST_TIMEOUT = 86_400  # s; who wants to wait longer does not want to drain
 # How often clients that still send are told again.
 INTERVAL = 1.0  # s
 # For the close frame, which takes this gateway off the portal's list before the first client asks for another.

@@ -9,7 +9,7 @@ import gevent
 from fzg.host import clock
 from fzg.ops import bundle, capture, snapshot, trace
 from fzg.ops.control import Refused
-from fzg.ops.drain import DEFAULT_TIMEOUT, INTERVAL
+from fzg.ops.drain import DEFAULT_TIMEOUT, INTERVAL, LONGEST_TIMEOUT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 # Clients described in one go: under 2 ms, so that packets and portal frames wait no longer than that.
 CLIENTS_A_TURN = 32
-LONGEST_DRAIN = 86_400.0  # s; who wants to wait longer does not want to drain
 
 
 class Requests:
@@ -94,7 +93,7 @@ class Requests:
 
     def drain(self, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """How many clients are left, every second; goes on when the asker hangs up."""
-        timeout = _number(request, "timeout", DEFAULT_TIMEOUT, most=LONGEST_DRAIN)
+        timeout = _number(request, "timeout", DEFAULT_TIMEOUT, most=LONGEST_TIMEOUT)
         begun = self._drain.start(timeout)
         yield {"begun": begun, "clients": self._drain.remaining}
         while not self._drain.done.wait(INTERVAL):

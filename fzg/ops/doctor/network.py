@@ -45,9 +45,9 @@ def ipv6(host: HostFacts) -> Check:
     if not host.has_ipv6:
         what = "the kernel runs without IPv6: clients reach IPv4 resources only"
         return Check("ipv6", State.WARN, what, "remove ipv6.disable=1 from the kernel's command line if you need it")
-    if host.sysctls.get("net.ipv6.conf.all.disable_ipv6") == "1":
+    if _ipv6_is_off(host):
         what = "IPv6 is disabled on this host: clients reach IPv4 resources only"
-        return Check("ipv6", State.WARN, what, "if you need it: sudo sysctl -w net.ipv6.conf.all.disable_ipv6=0")
+        return Check("ipv6", State.WARN, what, f"if you need it: sudo sysctl -w {sysctl.DISABLE_IPV6}=0")
     return _family(host, socket.AF_INET6)
 
 
@@ -106,7 +106,7 @@ def forwarding(seen: Seen) -> Check:
 
 
 def _ipv6_is_off(host: HostFacts) -> bool:
-    return host.sysctls.get("net.ipv6.conf.all.disable_ipv6") == "1"
+    return host.sysctls.get(sysctl.DISABLE_IPV6) == "1"
 
 
 def reverse_path(host: HostFacts) -> Check:
@@ -218,10 +218,9 @@ def nameservers(host: HostFacts) -> Check:
 def buffers(seen: Seen) -> Check:
     """The ceilings; CAP_NET_ADMIN may exceed them for its own sockets."""
     host, name = seen.host, "buffers"
-    wanted = {"net.core.rmem_max": sysctl.RECEIVE_BUFFER_BYTES, "net.core.wmem_max": sysctl.SEND_BUFFER_BYTES}
     low = {
         key: value
-        for key, least in wanted.items()
+        for key, least in sysctl.CEILINGS
         if (value := host.sysctls.get(key, "")).isdigit() and int(value) < least
     }
     if not low:
