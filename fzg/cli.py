@@ -19,6 +19,7 @@ from fzg import commands
 from fzg import settings as s
 from fzg.host.arguments import hide_argument
 from fzg.ops import logs
+from fzg.secret import MASK
 from fzg.settings import LogFormat, Masquerade, MetricsExporter, Offloads, SettingError, Settings
 from fzg.version import VERSION
 
@@ -377,7 +378,7 @@ def _offloads(environment: Mapping[str, str]) -> Offloads:
 
 
 def _shown(name: str, value: object) -> str:
-    return "***" if name == "token" else str(value)
+    return MASK if name == "token" else str(value)
 
 
 def _host_name() -> str | None:

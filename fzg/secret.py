@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import hmac
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 T = TypeVar("T", bound=str | bytes)
+
+MASK: Final = "***"
+"""What is shown in place of a secret."""
+
+LEAST_LENGTH: Final = 8
+"""Characters; real tokens have a hundred and more."""
 
 
 class Secret(Generic[T]):
@@ -21,7 +27,7 @@ class Secret(Generic[T]):
         return self._value
 
     def __repr__(self) -> str:
-        return "Secret(***)"
+        return f"Secret({MASK})"
 
     __str__ = __repr__
 
@@ -32,6 +38,11 @@ class Secret(Generic[T]):
 
     def __hash__(self) -> int:
         return hash(self._value)
+
+
+def without(secret: str, text: str) -> str:
+    """The text with asterisks for the secret, unless that is so short that it stands in texts by chance."""
+    return text if len(secret) < LEAST_LENGTH else text.replace(secret, MASK)
 
 
 def _octets(value: str | bytes) -> bytes:

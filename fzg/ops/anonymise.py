@@ -6,6 +6,8 @@ import re
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from typing import TYPE_CHECKING, Final
 
+from fzg.secret import MASK
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
@@ -65,8 +67,6 @@ _FILE_ENDINGS: Final = frozenset(
 _PARAMETERS: Final = ("net.ipv", "net.core.", "net.netfilter.", "net.bridge.", "kernel.")
 _KEPT_NAMES: Final = ("firezone.dev",)
 _SHORTEST_NAME: Final = 3  # characters; shorter ones would be found everywhere
-
-MASK: Final = "***"
 
 
 class Anonymiser:

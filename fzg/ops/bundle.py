@@ -6,6 +6,7 @@ import base64
 from typing import TYPE_CHECKING, Any
 
 from fzg.ops import logs
+from fzg.secret import MASK
 from fzg.tunnel.resources import InternetResource
 
 if TYPE_CHECKING:
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
 
     from fzg.gateway import Gateway
 
-MASK = "***"
 # Searches for one secret in one line, about 60 ns each: as for clients, no packet waits longer than 2 ms for a turn.
 SEARCHES_A_TURN = 20_000
 LINES_A_TURN = 100

@@ -6,6 +6,8 @@ import json
 import logging
 from typing import Any, Final
 
+from fzg.secret import MASK
+
 TRACE: Final = 5
 """Below DEBUG."""
 
@@ -13,7 +15,6 @@ _SENT: Final = logging.getLogger("wire.api.send")
 _RECEIVED: Final = logging.getLogger("wire.api.recv")
 
 _SECRET_ENDINGS: Final = ("password", "token", "secret", "preshared_key", "private_key", "credential")
-_MASK: Final = "***"
 
 
 def trace_sent(text: bytes) -> None:
@@ -39,7 +40,7 @@ def masked(text: str | bytes) -> str:
 def _masked(value: Any) -> Any:
     if isinstance(value, dict):
         return {
-            key: _MASK if key.lower().endswith(_SECRET_ENDINGS) and item is not None else _masked(item)
+            key: MASK if key.lower().endswith(_SECRET_ENDINGS) and item is not None else _masked(item)
             for key, item in value.items()
         }
     if isinstance(value, list):
