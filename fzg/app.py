@@ -77,6 +77,7 @@ class App:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        logs.hide(settings.token)
         self._stop: AsyncResult[None] = AsyncResult()
         self._wake = Event()
         self._host_thread = ThreadPool(1)

@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from pythonjsonlogger.json import JsonFormatter
 
+from fzg.secret import without
 from fzg.version import VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from fzg.secret import Secret
 
 TRACE = 5  # below DEBUG, as the filter grammar has it
 _NAMES = {
@@ -111,6 +114,7 @@ class _Lines(logging.StreamHandler[TextIO]):
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
         self.recent: deque[str] = deque(maxlen=RECENT_LINES)
+        self.hidden = ""
         self.counts = dict.fromkeys(dict.fromkeys(_NAMES.values()), 0)
         self._windows: dict[tuple[str, int, str], _Window] = {}
 
@@ -121,7 +125,7 @@ class _Lines(logging.StreamHandler[TextIO]):
 
     def format(self, record: logging.LogRecord) -> str:
         """The line as it is written; its beginning is kept for support archives."""
-        line = super().format(record)
+        line = without(self.hidden, super().format(record))
         self.recent.append(line[:RECENT_LENGTH])
         return line
 
@@ -211,6 +215,13 @@ def lines_by_level() -> Mapping[str, int]:
 def recent_lines() -> list[str]:
     """The last lines that were written, the oldest first."""
     return [line for handler in logging.getLogger().handlers if isinstance(handler, _Lines) for line in handler.recent]
+
+
+def hide(token: Secret[str]) -> None:
+    """From now on asterisks stand for it in each line: a portal or proxy that echoes our request must not log it."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, _Lines):
+            handler.hidden = token.reveal()
 
 
 def announce() -> None:

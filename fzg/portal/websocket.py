@@ -30,6 +30,7 @@ from fzg.portal.messages import (
 from fzg.portal.problem import FatalPortalError, RetriesExhausted
 from fzg.portal.session import MAX_SLEEP_S, Companion, Session
 from fzg.portal.url import ApiPath, PortalUrl
+from fzg.secret import without
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -192,7 +193,7 @@ class PortalConnection:
             cause = outcome
         if self._closing.is_set():
             return None
-        self.last_error = str(cause)
+        self.last_error = without(self._login.token.reveal(), str(cause))
         if isinstance(cause, FatalPortalError):
             self._handler.on_fatal(cause)
             return None

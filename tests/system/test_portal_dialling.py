@@ -72,6 +72,17 @@ def test_the_token_reaches_no_log_line_at_any_level(portal, dial, caplog):
     assert "c2VjcmV0" not in caplog.text
 
 
+@pytest.mark.spec("PORTAL-11", "OPS-5")
+def test_a_token_that_the_portal_echoes_is_not_in_what_status_shows(portal, dial):
+    portal.refuse_always = [Refusal(400, f'{{"detail":"what is {TOKEN}?"}}', PROBLEM)]
+    gateway = dial()
+    gateway.wait_for("disconnected")
+    assert gateway.connection.last_error == "the portal answered HTTP 400 (detail=what is ***?)"
+    portal.refuse_always = [Refusal(401, f'{{"detail":"what is {TOKEN}?"}}', PROBLEM)]
+    gateway.greenlet.get(timeout=5)
+    assert gateway.connection.last_error == f"{AuthenticationFailed('what is ***?')}"
+
+
 @pytest.mark.spec("PORTAL-12")
 def test_the_host_is_resolved_before_each_dial(portal, dial):
     answers = [["127.0.0.2"], [], ["127.0.0.1"], ["127.0.0.1"]]

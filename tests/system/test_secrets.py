@@ -7,14 +7,17 @@ import re
 from pathlib import Path
 
 import pytest
+from gateway_process import TOKEN
 from virtual_client import invite
 
 from tests.lab.process import wait_until
 from tests.lab.scenario import Lab
+from tests.lab.scripted_portal import Refusal
 from tests.lab.secrets import Watch
 
 pytestmark = [pytest.mark.needs("root", "ip", "nft", "setpriv", "unshare", "curl", "tun"), pytest.mark.slow]
 
+PROBLEM = {"Content-Type": "application/problem+json"}
 ARGUMENT_TOKEN = "an-argument-that-is-a-token"
 
 
@@ -50,6 +53,21 @@ def test_at_trace_everything_is_said_but_secrets(form):
     assert '"password":"***"' in log.replace('\\"', '"')
     if form == "json":
         assert all(json.loads(line)["target"] for line in log.splitlines())
+
+
+@pytest.mark.spec("OPS-5", "PORTAL-11")
+@pytest.mark.parametrize("form", ["human", "json"])
+def test_a_token_that_a_proxy_or_the_portal_echoes_is_in_no_line(portal, start, form):
+    said = f"you sent Bearer {TOKEN} to us"
+    portal.refusals = [Refusal(502, said), Refusal(403, f'{{"code":"{TOKEN}","detail":"{said}"}}', PROBLEM)]
+    gateway = start(portal=portal, RUST_LOG="trace", FIREZONE_LOG_FORMAT=form)
+    gateway.says("Connected to the portal")
+    portal.connection(0).push(TOKEN, {"event": said})
+    portal.connection(0).close(1001, said)
+    portal.join_answer = {"status": "error", "response": {"reason": said}}
+    assert gateway.ends() == 1
+    assert TOKEN not in gateway.output
+    assert gateway.output.count("you sent Bearer *** to us") == 7
 
 
 def test_a_token_that_was_an_argument_is_nowhere_to_be_seen(portal, start):

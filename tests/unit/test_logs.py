@@ -71,6 +71,27 @@ def test_text_from_elsewhere_can_neither_begin_a_line_nor_steer_a_terminal(confi
     assert line.endswith("a: one\\ntwo\\r\\x1b[31m\\x9b field=x\\ny\\tz")
 
 
+@pytest.mark.spec("OPS-5", "PORTAL-11")
+@pytest.mark.parametrize("json_lines", [False, True])
+def test_a_token_that_somebody_echoes_is_masked_in_every_part_of_a_line(configured, json_lines):
+    lines = configured("info", json_lines=json_lines)
+    logs.hide(Secret(".SFMyNTY.dG9rZW4.c2ln"))
+    text = "you sent Bearer .SFMyNTY.dG9rZW4.c2ln to us"
+    logging.getLogger("a").info("the portal answered: %s", text, extra={"body": text})
+    logs.fatal(RuntimeError(text))
+    assert len(lines()) == 2
+    assert "SFMyNTY" not in str(lines()) + str(logs.recent_lines())
+    assert str(lines()).count("you sent Bearer *** to us") == 3
+
+
+def test_a_token_too_short_to_be_one_does_not_spoil_other_words(configured):
+    lines = configured("info")
+    logs.hide(Secret("info"))
+    logs.hide(Secret(""))
+    logging.getLogger("a").info("information")
+    assert lines()[0].endswith("a: information")
+
+
 @pytest.mark.spec("OPS-34")
 def test_a_json_line_is_one_flat_object(configured):
     lines = configured("info", json_lines=True)
