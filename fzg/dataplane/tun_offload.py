@@ -220,11 +220,6 @@ class TunPort:
         self._queued = 0
 
     @property
-    def coalesces(self) -> bool:
-        """Whether packets are merged."""
-        return self._coalesce
-
-    @property
     def is_congested(self) -> bool:
         """Whether something waits for the device."""
         return bool(self._queue)

@@ -105,11 +105,6 @@ class UdpPort:
         self._ancillary_room = sum(socket.CMSG_SPACE(size) for size in (_IN6_PKTINFO.size, _INT.size, _INT.size))
 
     @property
-    def segmentation(self) -> bool:
-        """Whether batches go out by UDP_SEGMENT."""
-        return self._segmentation
-
-    @property
     def is_congested(self) -> bool:
         """Whether something waits for the socket."""
         return bool(self._queue)

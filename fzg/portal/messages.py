@@ -23,7 +23,7 @@ from fzg.wire.candidate import priority_of
 from fzg.wire.endpoint import Endpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
 _LOG = logging.getLogger(__name__)
 
@@ -340,31 +340,21 @@ class FlowAuthorized(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BroadcastIceCandidates(msgspec.Struct, frozen=True, kw_only=True):
-    """2.10. Our candidates for one client; build it with `of`."""
+    """2.10. Our candidates for one client, best first, each once."""
 
     EVENT: ClassVar[str] = "broadcast_ice_candidates"
 
     client_ids: tuple[str]
     candidates: tuple[str, ...]
 
-    @classmethod
-    def of(cls, client_id: str, candidates: Iterable[str]) -> BroadcastIceCandidates:
-        """One batch: best first, equal priorities by text, each text once."""
-        return cls(client_ids=(client_id,), candidates=_best_first(candidates))
-
 
 class BroadcastInvalidatedIceCandidates(msgspec.Struct, frozen=True, kw_only=True):
-    """2.10. Our withdrawn candidates for one client; build it with `of`."""
+    """2.10. Our withdrawn candidates for one client, best first, each once."""
 
     EVENT: ClassVar[str] = "broadcast_invalidated_ice_candidates"
 
     client_ids: tuple[str]
     candidates: tuple[str, ...]
-
-    @classmethod
-    def of(cls, client_id: str, candidates: Iterable[str]) -> BroadcastInvalidatedIceCandidates:
-        """One batch: best first, equal priorities by text, each text once."""
-        return cls(client_ids=(client_id,), candidates=_best_first(candidates))
 
 
 class NoRelays(msgspec.Struct, frozen=True, kw_only=True):
@@ -390,10 +380,6 @@ def decode(event: str, payload: bytes | str) -> Inbound:
         return decoder(payload)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise Malformed(f"{event}: {str(error)[:200]}") from error
-
-
-def _best_first(candidates: Iterable[str]) -> tuple[str, ...]:
-    return tuple(sorted(set(candidates), key=lambda text: (-(priority_of(text) or 0), text)))
 
 
 class _TurnEntry(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="turn"):

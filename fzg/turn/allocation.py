@@ -136,11 +136,6 @@ class Allocation:
         """Channels the relay may know, usable or not."""
         return len(self._channels)
 
-    @property
-    def requests_in_flight(self) -> int:
-        """Requests that wait for an answer."""
-        return len(self._transactions)
-
     def reflexive_candidates(self) -> list[LocalCandidate]:
         """Host and server-reflexive candidates; they outlive the allocation."""
         hosts = [self._candidate(Kind.HOST, address, address) for address in self._hosts.values()]

@@ -10,7 +10,7 @@ from fzg.turn.allocation import Allocation, State
 from fzg.turn.events import CONSUMED, NoRelays, Outbox, Relay, RelayRemoved, Use
 from fzg.turn.rtt import threshold
 from fzg.wire import Malformed, channel_data, stun
-from fzg.wire.candidate import Kind
+from fzg.wire.candidate import Kind, never_added_priority
 
 if TYPE_CHECKING:
     from collections import Counter
@@ -25,8 +25,6 @@ _LOG = logging.getLogger(__name__)
 FORMER_SOCKETS: Final = 64  # spec turn 1.9
 MAX_RELAYS: Final = 32  # the portal lists two; unlisted ones that live are kept besides (spec turn 4.1)
 MAX_USERNAME: Final = 508  # bytes, RFC 8489 14.3
-
-_TYPE_PREFERENCE: Final = {Kind.HOST: 126, Kind.SRFLX: 100, Kind.RELAY: 2}  # spec connectivity 3.8
 
 
 class RelayStatus(NamedTuple):
@@ -165,7 +163,7 @@ class RelaySet:
         relay = self._allocations.get(selected)
         for candidate in [] if relay is None else relay.relay_candidates():
             found[candidate.kind, candidate.address, candidate.base] = candidate
-        return sorted(found.values(), key=_never_added_priority, reverse=True)
+        return sorted(found.values(), key=lambda local: never_added_priority(local.kind, local.address), reverse=True)
 
     def reported_count(self, selected: str) -> int:
         """How many candidates the relays reported for a connection, before each is taken once."""
@@ -342,8 +340,3 @@ def merge(relays: Iterable[Relay]) -> list[Relay]:
         ipv4, ipv6 = known.ipv4 or relay.ipv4, known.ipv6 or relay.ipv6
         merged[relay.id] = Relay(relay.id, ipv4, ipv6, relay.username, relay.password)
     return list(merged.values())
-
-
-def _never_added_priority(candidate: LocalCandidate) -> tuple[int, bool]:
-    """The order of candidates that no agent has seen: kind, then IPv6 first (spec connectivity 3.8)."""
-    return _TYPE_PREFERENCE[candidate.kind], not candidate.address.is_ipv4

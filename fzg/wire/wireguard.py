@@ -28,10 +28,7 @@ TIMESTAMP_SIZE = 12
 
 # Data message: type, receiver index, counter, then ciphertext and tag.
 DATA_HEADER = struct.Struct("<IIQ")
-DATA_RECEIVER_OFFSET = 4
-DATA_COUNTER_OFFSET = 8
 DATA_OVERHEAD = DATA_HEADER.size + TAG_SIZE
-KEEPALIVE_SIZE = DATA_OVERHEAD
 
 _INITIATION = struct.Struct(f"<II{KEY_SIZE}s{KEY_SIZE + TAG_SIZE}s{TIMESTAMP_SIZE + TAG_SIZE}s{MAC_SIZE}s{MAC_SIZE}s")
 _RESPONSE = struct.Struct(f"<III{KEY_SIZE}s{TAG_SIZE}s{MAC_SIZE}s{MAC_SIZE}s")

@@ -20,7 +20,7 @@ KEY_SIZE = 32
 
 @dataclass(frozen=True, slots=True)
 class KeyPair:
-    """An X25519 pair."""
+    """An X25519 pair: a handshake's own, or the one that lives as long as the process (spec connectivity 1.2)."""
 
     private: Secret[bytes]
     public: bytes
@@ -41,10 +41,6 @@ class KeyPair:
             return crypto_scalarmult(self.private.reveal(), public)
         except CryptoError:
             return None
-
-
-# The pair that lives as long as the process; its public key is what the portal tells the peers (spec 1.2).
-StaticKeyPair = KeyPair
 
 
 def digest(*parts: bytes) -> bytes:

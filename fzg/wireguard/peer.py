@@ -136,11 +136,6 @@ class Peer:
         self.dropped: Counter[str] = Counter()
         self._rearm(now)
 
-    @property
-    def last_handshake(self) -> float:
-        """When a handshake was last completed; before the first one, when the peer was made."""
-        return self._completed
-
     def handle_initiation(self, partial: PartialInitiation, now: float) -> bool:
         """Answer an initiation: the response is queued, the session is ready to receive. False: dropped."""
         if self._closed:

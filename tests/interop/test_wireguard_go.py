@@ -18,7 +18,7 @@ from fzg.wire import wireguard as wire
 from fzg.wire.checksum import internet_checksum
 from fzg.wire.endpoint import Endpoint
 from fzg.wireguard.gate import Admitted, CookieReply, Gate
-from fzg.wireguard.keys import StaticKeyPair
+from fzg.wireguard.keys import KeyPair
 from fzg.wireguard.peer import HandshakeCompleted, Peer, identify
 from tests.interop.wireguard_go.program import WireguardGo, missing
 
@@ -47,8 +47,8 @@ class Side:
     """What the gateway's node does for one peer, on real sockets and the real clock."""
 
     def __init__(self, *, psk: bytes = PSK, go_psk: bytes = PSK) -> None:
-        self.static = StaticKeyPair.generate(os.urandom)
-        self.remote = StaticKeyPair.generate(os.urandom)
+        self.static = KeyPair.generate(os.urandom)
+        self.remote = KeyPair.generate(os.urandom)
         self.engine = PureEngine()
         self.gate = Gate(static_public=self.static.public, random=os.urandom, now=self.now)
         self.peer = Peer(

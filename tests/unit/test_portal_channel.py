@@ -188,7 +188,7 @@ def test_an_id_that_came_from_the_portal_goes_back_as_plain_text():
     portal = Portal()
     portal.push("reject_access", REJECT)
     client_id = portal.events[1].message.client_id
-    portal.send(BroadcastIceCandidates.of(client_id, ["candidate:1 1 udp 5 192.0.2.1 9 typ host"]))
+    portal.send(BroadcastIceCandidates(client_ids=(client_id,), candidates=()))
     assert portal.sent[-1][1]["payload"]["client_ids"] == [CLIENT]
 
 
@@ -351,7 +351,18 @@ def test_phx_close_is_a_hiccup_and_phx_error_nothing(payload):
 
 
 @pytest.mark.parametrize(
-    "text", ["", " ", "{", '{"topic":"gateway","ev', '{"a":[1,2', '"', '{"topic":"gateway","event":"x"']
+    "text",
+    [
+        *("", " ", "{", '"', '{"a":[1,2', '{"topic":"gateway","ev', '{"topic":"gateway","event":"x"', '{"a":tr'),
+        *(
+            '{"a":true',
+            '{"a":-',
+            '{"a":1.',
+            '{"a":1e',
+            '{"a":1e+',
+            '{"topic":"gateway","event":"x","payload":{},"ref":-',
+        ),
+    ],
 )
 def test_a_truncated_frame_is_a_hiccup(text):
     portal = Portal()

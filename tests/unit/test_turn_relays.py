@@ -289,7 +289,7 @@ class TestDemultiplexing:
             handle(datagram, source, HOST4, network.now)
         network.drain()
         allocation = network.set._allocations["a"]
-        assert allocation.requests_in_flight == 0
+        assert len(allocation._transactions) == 0
         assert allocation.channel_count == 1
         assert len(allocation._buffer) == 0
         assert len(network.set._former) == 0

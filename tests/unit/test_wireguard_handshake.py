@@ -6,7 +6,7 @@ import pytest
 from nacl.bindings import crypto_scalarmult_base
 
 from fzg.secret import Secret
-from fzg.wireguard.keys import StaticKeyPair
+from fzg.wireguard.keys import KeyPair
 from fzg.wireguard.peer import Expired, HandshakeCompleted, Peer, identify
 from tests.unit.wireguard_world import DATA, INITIATION, RESPONSE, START, UNIX_OFFSET, Host, MemorySessions, World
 
@@ -147,7 +147,7 @@ def test_an_initiation_of_someone_who_only_knows_the_public_key_is_dropped() -> 
     world = World()
     partial = identify(world.gateway.static, initiation(world))
     assert partial is not None
-    forged = StaticKeyPair.of(Secret(b"\x78" * 32))
+    forged = KeyPair.of(Secret(b"\x78" * 32))
     claimed = type(partial)(partial.remote_static, 1, forged.public, bytes(28), partial.state)
     assert not world.gateway.peer.handle_initiation(claimed, START)
     assert world.gateway.peer.dropped == {"initiation not authentic": 1}
@@ -344,7 +344,7 @@ def test_a_cookie_asked_for_by_the_initiator_covers_the_responders_messages() ->
 
 def test_a_peer_with_a_key_of_low_order_never_completes_and_does_not_fail() -> None:
     peer = Peer(
-        static=StaticKeyPair.of(Secret(b"\x22" * 32)),
+        static=KeyPair.of(Secret(b"\x22" * 32)),
         remote_public=bytes(32),
         preshared_key=Secret(bytes(32)),
         connection_index=1,
@@ -378,6 +378,6 @@ def test_closing_removes_all_sessions_and_ends_all_timers() -> None:
 
 
 def test_the_public_key_is_that_of_the_private_key() -> None:
-    pair = StaticKeyPair.generate(lambda n: b"\x22" * n)
+    pair = KeyPair.generate(lambda n: b"\x22" * n)
     assert pair.public == crypto_scalarmult_base(b"\x22" * 32)
     assert "22" not in repr(pair.private)

@@ -8,7 +8,7 @@ from fzg.secret import Secret
 from fzg.wire.wireguard import Initiation, Response, tai64n
 from fzg.wireguard import noise
 from fzg.wireguard.cookie import CookieJar
-from fzg.wireguard.keys import StaticKeyPair, derive, digest
+from fzg.wireguard.keys import KeyPair, derive, digest
 from fzg.wireguard.peer import HandshakeCompleted, Peer, identify
 from tests.unit.wireguard_world import MemorySessions
 
@@ -29,8 +29,8 @@ CLIENT_RECEIVES_WITH = bytes.fromhex("d982d5cd10d34a7802b6c19fa441cd9164d70e4f4d
 KEEPALIVE = bytes.fromhex("04000000015634120000000000000000f1bce9fd9651b3f6b50c00179cbd1e01")
 TIMESTAMP = 1_700_000_000_000_000_500
 
-CLIENT = StaticKeyPair.of(Secret(b"\x11" * 32))
-GATEWAY = StaticKeyPair.of(Secret(b"\x22" * 32))
+CLIENT = KeyPair.of(Secret(b"\x11" * 32))
+GATEWAY = KeyPair.of(Secret(b"\x22" * 32))
 
 
 def gateway_peer(engine: MemorySessions) -> Peer:
@@ -106,7 +106,7 @@ def test_the_client_makes_exactly_the_given_initiation_and_accepts_the_response(
         remote_public=GATEWAY_PUBLIC,
         shared=shared,
         local_index=0x000ABC01,
-        ephemeral=StaticKeyPair.of(Secret(b"\x33" * 32)),
+        ephemeral=KeyPair.of(Secret(b"\x33" * 32)),
         timestamp=tai64n(TIMESTAMP),
     )
     assert begun is not None
@@ -156,7 +156,7 @@ def test_no_key_shows_in_a_repr() -> None:
     opened = noise.authenticate(partial, shared)
     assert opened is not None
     answer = noise.respond(
-        opened, remote_public=CLIENT_PUBLIC, preshared_key=PSK, local_index=1, ephemeral=StaticKeyPair.generate(bytes)
+        opened, remote_public=CLIENT_PUBLIC, preshared_key=PSK, local_index=1, ephemeral=KeyPair.generate(bytes)
     )
     assert answer is not None
     text = repr((GATEWAY, partial, opened, answer[1]))

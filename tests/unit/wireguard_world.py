@@ -17,7 +17,7 @@ from nacl.exceptions import CryptoError
 from fzg.secret import Secret
 from fzg.wire.endpoint import Endpoint
 from fzg.wireguard.gate import Admitted, CookieReply, Gate
-from fzg.wireguard.keys import StaticKeyPair
+from fzg.wireguard.keys import KeyPair
 from fzg.wireguard.peer import Expired, HandshakeCompleted, Peer, identify
 from fzg.wireguard.timers import ICE, Timing
 
@@ -157,7 +157,7 @@ class Host:
         now: float = START,
     ) -> None:
         self.name = name
-        self.static = StaticKeyPair.of(Secret(private))
+        self.static = KeyPair.of(Secret(private))
         self.engine = MemorySessions()
         self.gate = Gate(static_public=self.static.public, random=random, now=now)
         self.source = Endpoint(bytes((192, 0, 2, index & 0xFF)), 40000)
