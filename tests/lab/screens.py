@@ -19,10 +19,10 @@ from tests.lab.scenario import Lab, available
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-COLUMNS = 140
+COLUMNS = 100
+ROWS = 60
 WEB = "http://10.20.0.100"
 _A_FONT_FROM_ELSEWHERE = re.compile(r"\s*@font-face \{.*?\}", re.DOTALL)
-_IN_COLOUR = {"FORCE_COLOR": "1", "COLUMNS": str(COLUMNS), "TERM": "xterm-256color"}
 
 
 def main() -> None:
@@ -51,11 +51,12 @@ def picture(name: str, title: str, run: Callable[[], str]) -> None:
 
 
 def _ask(lab: Lab, word: str) -> str:
-    colours = [f"{name}={value}" for name, value in _IN_COLOUR.items()]
+    """What the command shows on a terminal."""
     socket = f"FIREZONE_CONTROL_SOCKET={lab.gateway.process.environment['FIREZONE_CONTROL_SOCKET']}"
     variables = [f"{name}={value}" for name, value in lab.gateway.process.environment.items() if name.isupper()]
-    done = lab.gateway.run("env", *variables, socket, *colours, sys.executable, "-m", "fzg", word, check=False)
-    return done.stdout + done.stderr
+    command = f"stty columns {COLUMNS} rows {ROWS}; {sys.executable} -m fzg {word}"
+    terminal = ("TERM=xterm-256color", "script", "--quiet", "--return", "--command", command, "/dev/null")
+    return lab.gateway.run("env", *variables, socket, *terminal, check=False).stdout.replace("\r", "")
 
 
 def _demo() -> str:
