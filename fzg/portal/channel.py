@@ -33,6 +33,8 @@ Room for the acknowledgement and the candidates of 200 authorizations a second f
 _TOPIC: Final = "gateway"
 _HEARTBEAT_TOPIC: Final = "phoenix"
 _NO_CHANNEL: Final = "unmatched topic"
+_NUMBER_BEGUN: Final = ("-", "+", ".", "e", "E")
+_TRUNCATED: Final = "Input data was truncated"  # msgspec has no class for it
 
 
 class Timing(NamedTuple):
@@ -312,7 +314,15 @@ def _reference(ref: int | str | None) -> int | None:
 
 
 def _is_truncated(text: str, error: Exception) -> bool:
-    if not (isinstance(error, msgspec.DecodeError) and str(error) == "Input data was truncated"):
+    if isinstance(error, msgspec.ValidationError):
+        return False
+    if str(error) != _TRUNCATED and text.endswith(_NUMBER_BEGUN):
+        text += "0"  # half a number is malformed to msgspec; with its end it may say what else is missing
+        try:
+            msgspec.json.decode(text)
+        except (msgspec.MsgspecError, RecursionError) as completed:
+            error = completed
+    if str(error) != _TRUNCATED:
         return False
     # msgspec says so of an unpaired surrogate as well, which is no reason to reconnect.
     try:
