@@ -387,7 +387,10 @@ class Gateway:
         self._no_relays_pending = False
         self.node.update_relays((), [_relay(relay) for relay in init.relays], now)
         is_uploading = init.flow_logs is not None and init.flow_logs.upload_interval_secs > 0
+        if self.tunnel.flow_log.is_on:
+            self._take_reports(now)
         self.tunnel.flow_log.switch(on=is_uploading or self._flow_logs, now=now)
+        self._collect_records()  # before the settings by which they would not be kept
         self._events.append(ConfigureUploads(init.flow_logs))
         interface = init.interface
         self.tunnel.set_gateway_addresses(interface.ipv4, interface.ipv6)
@@ -496,11 +499,14 @@ class Gateway:
             self._no_relays_pending = False
             self._no_relays_at = now
             self._tell_portal(messages.NoRelays())
-        while (record := self.tunnel.poll_flow_record()) is not None:
-            self._events.append(record)
+        self._collect_records()
         for batch in self.node.drain_candidates(now):
             broadcast = messages.BroadcastIceCandidates if batch.added else messages.BroadcastInvalidatedIceCandidates
             self._tell_portal(broadcast(client_ids=(batch.client_id,), candidates=batch.candidates))
+
+    def _collect_records(self) -> None:
+        while (record := self.tunnel.poll_flow_record()) is not None:
+            self._events.append(record)
 
     def _take_reports(self, now: float) -> None:
         for report in self.engine.sweep(now):
@@ -664,5 +670,7 @@ def _filter(wanted: messages.Filter) -> filters.Filter:
             return filters.UdpFilter(wanted.port_range_start, wanted.port_range_end)
         case messages.IcmpFilter():
             return filters.IcmpFilter()
+        case messages.UnknownFilter():
+            return filters.UnknownFilter()
         case _:
             assert_never(wanted)

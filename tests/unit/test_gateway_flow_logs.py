@@ -190,6 +190,20 @@ def test_each_init_says_how_uploads_go_and_switches():
     assert told == [None, UPLOADS, NO_UPLOADS]
 
 
+def test_an_init_that_ends_the_log_leaves_records_of_all_that_the_engine_carried_and_in_time_to_be_kept():
+    w = logged()
+    connection = Connection(w)
+    connection.open()
+    for _ in range(30):
+        connection.down(ACK, b"y" * 100)
+    assert completed(w) == []
+    w.gateway.flow_logs.clear()
+    w.gateway.portal(w.init(flow_logs=NO_UPLOADS))
+    record, settings = w.gateway.flow_logs
+    assert record.figures.rx_bytes == 3000
+    assert settings == ConfigureUploads(NO_UPLOADS)  # from here on nothing is kept
+
+
 def test_the_token_is_handed_on_and_one_that_cannot_be_read_costs_only_the_log(caplog):
     caplog.set_level(logging.DEBUG)
     w = logged()
