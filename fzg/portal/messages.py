@@ -116,10 +116,11 @@ class IcmpFilter(msgspec.Struct, frozen=True, tag_field="protocol", tag="icmp"):
     """ICMP and ICMPv6."""
 
 
-Filter: TypeAlias = TcpFilter | UdpFilter | IcmpFilter
+class UnknownFilter(msgspec.Struct, frozen=True):
+    """One that we cannot read. It permits nothing, and its list is not empty: an empty one would permit everything."""
 
-PERMITS_NOTHING = TcpFilter(port_range_start=1, port_range_end=0)
-"""Stands for a filter we cannot read, so that its list stays non-empty: an empty list would permit everything."""
+
+Filter: TypeAlias = TcpFilter | UdpFilter | IcmpFilter | UnknownFilter
 
 
 class Filters(tuple[Filter, ...]):
@@ -485,7 +486,7 @@ def _filters_closed(value: object) -> Filters:
             filters.append(msgspec.convert(entry, TcpFilter | UdpFilter | IcmpFilter))
         except msgspec.ValidationError as error:
             _LOG.warning("A filter of an updated resource is not understood and permits nothing: %s", error)
-            filters.append(PERMITS_NOTHING)
+            filters.append(UnknownFilter())
     return Filters(filters)
 
 

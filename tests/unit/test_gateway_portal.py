@@ -7,6 +7,7 @@ from ipaddress import IPv4Address, ip_address
 import pytest
 
 from fzg.gateway import Resolve
+from fzg.ops.trace import trace
 from fzg.portal import messages
 from fzg.wire import control
 from tests.unit.dataplane_world import tcp, udp
@@ -318,6 +319,16 @@ def test_new_filters_hold_for_all_clients_that_have_the_resource_and_no_others()
     w.gateway.portal(messages.ResourceUpdated(resource=cidr("10.9.0.0/16")))
     for client in w.clients:
         assert w.traffic_flows(client), "filters are taken over, the address is not"
+
+
+def test_a_filter_that_cannot_be_read_permits_nothing_and_is_told_as_such():
+    w = with_two_resources()
+    w.gateway.portal(messages.ResourceUpdated(resource=cidr("10.0.0.0/8", messages.UnknownFilter())))
+    assert not w.reaches()
+    source, destination = (str(IPv4Address(each)) for each in (w.client.ipv4, SERVER))
+    request = {"protocol": "udp", "source": source, "destination": destination, "destination_port": 53}
+    steps = trace(w.gateway.core, request, w.net.now)["steps"]
+    assert any("one that is not known and permits nothing" in step["detail"] for step in steps), steps
 
 
 @pytest.mark.spec("PORTAL-64")
