@@ -9,8 +9,6 @@ from ipaddress import IPv4Address, IPv6Address
 from itertools import count
 from typing import TYPE_CHECKING, Protocol, assert_never
 
-from msgspec import structs
-
 from fzg.ice.agent import Credentials
 from fzg.node.node import (
     GOODBYE,
@@ -40,10 +38,11 @@ from fzg.tunnel.events import (
 from fzg.tunnel.flow_record import FlowRecord
 from fzg.tunnel.tunnel import LEAST_CLOCK_STEP
 from fzg.turn.events import Relay
+from fzg.waiting_authorizations import WaitingAuthorizations
 from fzg.wire import Malformed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Sequence
 
     from fzg.dataplane.engine import Engine
     from fzg.tunnel.events import Flow
@@ -54,12 +53,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
-# An authorization that comes before any relay has answered waits this long (connectivity D6): a relay answers within
-# its round trip, and the client waits 15 s for us, so a second costs nothing and saves the client a retry.
-RELAY_WAIT = 1.0  # s
 NO_RELAYS_INTERVAL = 1.0  # s between two requests for relays (turn 4.5)
-# The portal sends one authorization per request of a client; more than this waiting at once is a portal gone wild.
-MAX_WAITING_AUTHORIZATIONS = 1000
 # A goodbye travels a second at most, and what the client had sent by then arrives within another.
 FAREWELL_SILENCE = 2.0  # s
 SWEEP_INTERVAL = 1.0  # s between reports of what flows carried (design 4)
@@ -136,7 +130,7 @@ class Gateway:
         self._traffic: dict[int, traffic.Traffic] = {}
         self._taps: dict[int, Tap] = {}
         self._new_handles = count(1)
-        self._waiting = _Waiting()
+        self._waiting = WaitingAuthorizations()
         self._farewells: dict[str, float] | None = None  # while draining: when each client was last told
         self._joined = False
         self._no_relays_pending = False
@@ -326,7 +320,7 @@ class Gateway:
         """
         if self._farewells is None:
             self._farewells = {}
-            self._waiting = _Waiting()
+            self._waiting = WaitingAuthorizations()
         for client_id, handle in list(self._handles.items()):
             told = self._farewells.get(client_id)
             connection = self.node.connection(client_id)
@@ -552,81 +546,6 @@ class Gateway:
         if expires_at > MAX_UNIX_TIME:
             return now + FAR_FUTURE
         return expires_at - self._unix_offset
-
-
-class _Waiting:
-    """Authorizations that no relay has answered for. What the portal says of such a pair meanwhile holds for them."""
-
-    def __init__(self) -> None:
-        self._entries: deque[tuple[float, messages.CreateAuthorization]] = deque()
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def add(self, message: messages.CreateAuthorization, now: float) -> bool:
-        """Keep it for `RELAY_WAIT`; False when there are too many."""
-        if len(self._entries) >= MAX_WAITING_AUTHORIZATIONS:
-            return False
-        self._entries.append((now + RELAY_WAIT, message))
-        return True
-
-    def take(self, now: float, *, every: bool) -> list[messages.CreateAuthorization]:
-        """Those whose time is over, or all, in the order of arrival."""
-        taken = []
-        while self._entries and (every or now >= self._entries[0][0]):
-            taken.append(self._entries.popleft()[1])
-        return taken
-
-    def withdraw(self, client_id: str, resource_id: str) -> None:
-        """The portal rejected the pair."""
-        self._change(lambda message: None if _pair(message) == (client_id, resource_id) else message)
-
-    def retain(self, authorizations: Iterable[messages.Authorization]) -> None:
-        """The portal said which pairs are authorized, and until when."""
-        listed: dict[tuple[str, str], int] = {
-            (entry.client_id, entry.resource_id): entry.expires_at for entry in authorizations
-        }
-
-        def listed_only(message: messages.CreateAuthorization) -> messages.CreateAuthorization | None:
-            expires_at = listed.get(_pair(message))
-            return None if expires_at is None else structs.replace(message, expires_at=expires_at)
-
-        self._change(listed_only)
-
-    def set_expiry(self, client_id: str, resource_id: str, expires_at: int) -> None:
-        """The portal moved the end of the pair."""
-        pair = (client_id, resource_id)
-        self._change(lambda each: structs.replace(each, expires_at=expires_at) if _pair(each) == pair else each)
-
-    def update_filters(self, resource: messages.Resource) -> None:
-        """The portal changed what the resource permits."""
-        if isinstance(resource, messages.InternetResource):
-            return
-        filters_now = resource.filters
-
-        def updated(message: messages.CreateAuthorization) -> messages.CreateAuthorization:
-            held = message.resource
-            if (
-                held.id != resource.id
-                or isinstance(held, messages.InternetResource)
-                or type(held) is not type(resource)
-            ):
-                return message
-            return structs.replace(message, resource=structs.replace(held, filters=filters_now))
-
-        self._change(updated)
-
-    def poll_timeout(self) -> Deadline | None:
-        """When the first has waited long enough."""
-        return Deadline(self._entries[0][0], "authorization waits for a relay") if self._entries else None
-
-    def _change(self, change: Callable[[messages.CreateAuthorization], messages.CreateAuthorization | None]) -> None:
-        changed = ((deadline, change(message)) for deadline, message in self._entries)
-        self._entries = deque((deadline, message) for deadline, message in changed if message is not None)
-
-
-def _pair(message: messages.CreateAuthorization) -> tuple[str, str]:
-    return message.client.id, message.resource.id
 
 
 def _attribution(token: messages.IngestToken | None) -> Attribution | None:
