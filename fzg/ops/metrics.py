@@ -55,7 +55,7 @@ _ERRNO_DROPS: Final = {"drop_tun_write_": RECEIVE, "drop_udp_send_": TRANSMIT}
 _FROM, _TO = "from client: ", "to client: "
 # Reasons are constants of this program; should one ever carry a value, it must not grow the scrape without end.
 MAX_REASONS: Final = 256
-_WORDS: Final = re.compile(r"(?<=[a-z])(?=[A-Z])|[^A-Za-z0-9]+")
+_WORDS: Final = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|[^A-Za-z0-9]+")
 
 # <asm-generic/socket.h>, <linux/sock_diag.h>: what the kernel knows of a socket's memory, nine numbers of 32 bits.
 _SO_MEMINFO: Final = 55

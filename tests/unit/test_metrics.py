@@ -154,6 +154,7 @@ def test_drops_have_a_reason_and_a_direction_and_all_that_the_engine_knows_is_th
     assert before["udp_queue_full", "transmit"] == before["replayed", "receive"] == 0
     scraped.core.counters["from client: NoPeerState"] += 2
     scraped.core.counters["to client: no WireGuard session"] += 3
+    scraped.core.counters["to client: NotAPeer"] += 9
     scraped.core.node.counters["STUN: unknown connection"] += 4
     scraped.core.node.relays.counters["unknown transaction"] += 5
     scraped.core.engine._counters.update({"drop_udp_send_eperm": 6, "drop_replayed": 7, "drop_tun_write_einval": 8})
@@ -162,6 +163,7 @@ def test_drops_have_a_reason_and_a_direction_and_all_that_the_engine_knows_is_th
     assert grown == {
         ("no_peer_state", "receive"): 2,
         ("no_wire_guard_session", "transmit"): 3,
+        ("not_a_peer", "transmit"): 9,
         ("stun_unknown_connection", "receive"): 4,
         ("turn_unknown_transaction", "both"): 5,
         ("udp_send_eperm", "transmit"): 6,
