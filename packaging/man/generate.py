@@ -38,6 +38,7 @@ _FILES = (
     ("/etc/firezone/gateway-preset-env", "The identity that the package derives from the host; gateway-env wins."),
     ("/var/lib/firezone/gateway_id", "The identity of a gateway that nobody gave one."),
     ("/var/lib/firezone/flow_logs", "Flow records that wait for their upload."),
+    ("/run/firezone-gateway/control.sock", "Where the service answers the commands: root and its own user."),
 )
 
 
@@ -69,6 +70,7 @@ def _lines(day: str) -> Iterator[str]:
     yield from _terms([(variable.name, variable.meaning.replace("`", "")) for variable in ENVIRONMENT])
     yield ".SH FILES"
     yield from _terms(_FILES)
+    yield from (".SH SEE ALSO", ".BR firezone (8)")
 
 
 def _options(owner: click.Command) -> Iterator[str]:

@@ -50,6 +50,11 @@ def test_links_lead_somewhere(page):
     assert missing == []
 
 
+def test_each_picture_is_shown_somewhere():
+    shown = {name for page in PAGES for name in re.findall(r"!\[[^]]*\]\((?:docs/)?([\w.-]+\.svg)\)", page.read_text())}
+    assert {path.name for path in (ROOT / "docs").glob("*.svg")} == shown
+
+
 OF_OTHERS = (  # the launcher's, the loader's and OpenSSL's own words
     "Failed to load Python shared library", "failed to map segment", "Could not create temporary directory",
     "Failed to extract", "return code -1", "GLIBC_2.", "not found",
