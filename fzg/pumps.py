@@ -81,26 +81,26 @@ class Pumps:
 
     def _take(self, items: Sequence[Item], now: float) -> None:
         if items:
-            self._dispatch(items, now)
+            dispatch(self._gateway, items, now)
             self._settle()
         else:  # the engine settled everything, so the core has nothing to say
             self.flush()
 
-    def _dispatch(self, items: Sequence[Item], now: float) -> None:
-        """Control first: a flood of data must not delay a handshake found in the same batch."""
-        gateway = self._gateway
-        for item in items:
-            if isinstance(item, Datagram):
-                gateway.handle_datagram(item.payload, item.source, item.local, now)
-        for item in items:
-            match item:
-                case Datagram():
-                    pass
-                case SessionConfirmed(local_index=local_index):
-                    gateway.handle_session_confirmed(local_index, now)
-                case InnerPacket(peer=peer, packet=packet, ecn=ecn, source=source, local=local):
-                    gateway.handle_inner_packet(peer, packet, ecn, now, (source, local))
-                case OutboundPacket(packet=packet):
-                    gateway.handle_outbound_packet(packet, now)
-                case FlowReport():
-                    gateway.handle_flow_report(*item)
+
+def dispatch(gateway: Gateway, items: Sequence[Item], now: float) -> None:
+    """Hand what the engine did not settle to the core, control first: data must not delay a handshake of its batch."""
+    for item in items:
+        if isinstance(item, Datagram):
+            gateway.handle_datagram(item.payload, item.source, item.local, now)
+    for item in items:
+        match item:
+            case Datagram():
+                pass
+            case SessionConfirmed(local_index=local_index):
+                gateway.handle_session_confirmed(local_index, now)
+            case InnerPacket(peer=peer, packet=packet, ecn=ecn, source=source, local=local):
+                gateway.handle_inner_packet(peer, packet, ecn, now, (source, local))
+            case OutboundPacket(packet=packet):
+                gateway.handle_outbound_packet(packet, now)
+            case FlowReport():
+                gateway.handle_flow_report(*item)

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from fzg.dataplane.engine import Datagram, InnerPacket, OutboundPacket, SessionConfirmed
+from fzg import pumps
+from fzg.dataplane.engine import Datagram, InnerPacket, SessionConfirmed
 from fzg.dataplane.pure import PureEngine
 from fzg.gateway import ConfigureHost, ConfigureUploads, Gateway, KeepToken, Resolve, SendToPortal
 from fzg.ice.agent import CLIENT_DEFAULT, CLIENT_IDLE, Credentials, Role
@@ -423,18 +424,7 @@ class GatewayParty(Party):
         self.drain()
 
     def dispatch(self, items) -> None:
-        for item in items:
-            match item:
-                case Datagram(payload=payload, source=source, local=local):
-                    self.core.handle_datagram(payload, source, local, self.now)
-                case SessionConfirmed(local_index=index):
-                    self.core.handle_session_confirmed(index, self.now)
-                case InnerPacket(peer=peer, packet=packet, ecn=ecn, source=source, local=local):
-                    self.core.handle_inner_packet(peer, packet, ecn, self.now, (source, local))
-                case OutboundPacket(packet=packet):
-                    self.core.handle_outbound_packet(packet, self.now)
-                case report:
-                    self.core.handle_flow_report(*report)
+        pumps.dispatch(self.core, items, self.now)
         self.drain()
 
     def drain(self) -> None:

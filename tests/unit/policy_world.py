@@ -18,7 +18,8 @@ from nacl.bindings import (
     crypto_aead_chacha20poly1305_ietf_encrypt,
 )
 
-from fzg.dataplane.engine import Datagram, InnerPacket, OutboundPacket, SessionConfirmed
+from fzg import pumps
+from fzg.dataplane.engine import Datagram
 from fzg.dataplane.pure import PureEngine
 from fzg.gateway import Gateway, Resolve, SendToPortal
 from fzg.node.node import ConnectionFailed
@@ -241,18 +242,7 @@ class World:
         self.now = end
 
     def dispatch(self, items: Iterable[Any]) -> None:
-        for item in items:
-            match item:
-                case InnerPacket(peer=peer, packet=packet, ecn=ecn, source=source, local=local):
-                    self.core.handle_inner_packet(peer, packet, ecn, self.now, (source, local))
-                case OutboundPacket(packet=packet):
-                    self.core.handle_outbound_packet(packet, self.now)
-                case SessionConfirmed(local_index=index):
-                    self.core.handle_session_confirmed(index, self.now)
-                case Datagram(payload=payload, source=source, local=local):
-                    self.core.handle_datagram(payload, source, local, self.now)
-                case report:
-                    self.core.handle_flow_report(*report)
+        pumps.dispatch(self.core, items, self.now)
         self.drain()
 
     def drain(self) -> None:

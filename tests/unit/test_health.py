@@ -10,23 +10,11 @@ import socket
 import gevent
 import pytest
 from gevent import socket as gevent_socket
-from gevent.threadpool import ThreadPool
 
 from fzg.ops import health
 from fzg.ops.health import Health
 from fzg.wire.endpoint import Endpoint
-
-
-class Gateway:
-    reason: str | None = None
-
-    def not_ready_because(self):
-        return self.reason
-
-
-@pytest.fixture(scope="module")
-def threads():
-    return ThreadPool(1)
+from tests.unit.health_world import Gateway, free_port, threads_fixture  # noqa: F401
 
 
 @pytest.fixture
@@ -49,12 +37,6 @@ def endpoint(threads):
     ask.gateway, ask.port, ask.server = gateway, port, server
     yield ask
     server.stop()
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.spec("OPS-39")

@@ -11,25 +11,12 @@ from gevent.threadpool import ThreadPool
 from fzg import commands
 from fzg.ops.health import Health
 from fzg.wire.endpoint import Endpoint
-
-
-class Gateway:
-    reason: str | None = None
-
-    def not_ready_because(self):
-        return self.reason
-
-
-@pytest.fixture(scope="module")
-def threads():
-    return ThreadPool(1)
+from tests.unit.health_world import Gateway, free_port, threads_fixture  # noqa: F401
 
 
 @pytest.fixture
 def port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return free_port()
 
 
 @pytest.fixture(params=["127.0.0.1", "0.0.0.0", "[::1]"])

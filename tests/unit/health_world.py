@@ -1,0 +1,26 @@
+"""What tests of the health endpoint share: a gateway that says why it is not ready, and a thread that asks."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+from gevent.threadpool import ThreadPool
+
+
+class Gateway:
+    reason: str | None = None
+
+    def not_ready_because(self):
+        return self.reason
+
+
+@pytest.fixture(name="threads", scope="module")
+def threads_fixture():
+    return ThreadPool(1)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
