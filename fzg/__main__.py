@@ -1,6 +1,10 @@
 """Entry point of the executable: make blocking calls cooperative, then run the command line."""
 
-from gevent import monkey
+from fzg import early_signals
+
+early_signals.hold()
+
+from gevent import monkey  # noqa: E402
 
 monkey.patch_all()
 

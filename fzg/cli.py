@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -10,12 +11,12 @@ import socket
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 
 import click
 from click.core import ParameterSource
 
-from fzg import commands
+from fzg import commands, early_signals
 from fzg import settings as s
 from fzg.host.arguments import hide_argument
 from fzg.ops import logs
@@ -244,6 +245,7 @@ def command(ctx: click.Context, /, **options: Any) -> None:
     options["offloads"] = _offloads(os.environ)
     if _COMMAND in ctx.meta:
         name, *arguments = ctx.meta[_COMMAND]
+        early_signals.give_back()
         sys.exit(commands.run(name, arguments, options))
     sys.exit(_run(options, os.environ))
 
@@ -260,6 +262,12 @@ def main() -> NoReturn:
         code = EXIT_FAILURE
     except click.exceptions.Abort:  # an interrupt before the gateway had begun
         code = EXIT_FAILURE
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        if error.errno == errno.ENOSPC:
+            click.echo(f"firezone-gateway: {error.strerror}", err=True)
+        code = EXIT_FAILURE  # else nobody reads what we print
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):  # the interpreter's own end would make the second one fatal
             signal.signal(number, signal.SIG_IGN)
@@ -283,7 +291,10 @@ def _sentence(error: click.UsageError) -> str:
 
 def _close_output() -> None:
     """Nobody may read what we print any more; the interpreter would make that a failure of ours at its end."""
-    for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
+    streams: tuple[TextIO | None, ...] = (sys.stdout, sys.stderr)
+    for descriptor, stream in enumerate(streams, 1):
+        if stream is None:  # it was closed when we began
+            continue
         try:
             stream.flush()
         except OSError:

@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from collections import Counter, deque
+from contextlib import suppress
 from datetime import UTC, datetime
 from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any, TextIO
@@ -162,7 +163,8 @@ def configure(*, json_lines: bool, directives: str | None, flow_logs: bool, stre
     """Send everything that the filter lets through to `stream`, by default standard output. Raises `FilterError`."""
     stream = stream or sys.stdout
     if isinstance(stream, TextIOWrapper):  # one line each at once, whatever the locale and whatever reads it
-        stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
+        with suppress(OSError):  # an earlier line, for which there is no room
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
     logging.raiseExceptions = False  # standard output may be closed or full; that must cost no more than the line
     handler = _Lines(stream)
     handler.setFormatter(JsonLineFormatter(json_ensure_ascii=False) if json_lines else HumanFormatter())
