@@ -29,7 +29,7 @@ from fzg.host.netlink import overlap_warnings
 from fzg.host.netlink_socket import NetlinkSocket
 from fzg.host.nftables import Firewall, Survey, legacy_tables_note
 from fzg.host.resolver import Resolver
-from fzg.host.tun import NODE
+from fzg.host.tun import NODE, has_driver
 from fzg.tunnel.ranges import is_peer
 
 if TYPE_CHECKING:
@@ -200,9 +200,7 @@ def _container() -> str:
 
 
 def _tun_node() -> TunNode:
-    driver = False
-    with contextlib.suppress(OSError):
-        driver = any(line.split()[1:] == ["tun"] for line in Path("/proc/misc").read_text("utf-8").splitlines())
+    driver = has_driver()
     try:
         os.close(os.open(NODE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
     except OSError as error:

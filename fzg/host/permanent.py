@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from fzg.host import sysctl
+from fzg.host import sysctl, tun
 from fzg.host.errors import HostError
 from fzg.host.sysctl import Setting
 
@@ -27,7 +27,6 @@ ETC: Final = Path("/etc")
 _MARK: Final = "# Made by firezone-gateway host-setup; firezone-gateway host-setup --remove takes it back."
 _MADE_DIRECTORY: Final = "# The directory was made too."
 _BEFORE: Final = re.compile(r"^# before: (\S+)=(.*)$")
-_MISC: Final = Path("/proc/misc")
 _FILE_MODE: Final = 0o644
 
 
@@ -74,7 +73,7 @@ class Step(NamedTuple):
             raise HostError(f"{error.filename or self}: {error.strerror or error}") from error
 
 
-def to_set_up(*, enable_ipv6: bool, etc: Path = ETC, root: Path = sysctl.PROC_SYS, misc: Path = _MISC) -> list[Step]:
+def to_set_up(*, enable_ipv6: bool, etc: Path = ETC, root: Path = sysctl.PROC_SYS, misc: Path = tun.MISC) -> list[Step]:
     """What is missing, in order; empty when all stands. Raises HostError when a file is somebody else's."""
     steps: list[Step] = []
     wanted, before = _parameters(enable_ipv6=enable_ipv6, etc=etc, root=root)
@@ -83,7 +82,7 @@ def to_set_up(*, enable_ipv6: bool, etc: Path = ETC, root: Path = sysctl.PROC_SY
     body += "".join(f"-{setting.name} = {setting.value}\n" for setting in wanted)
     steps += _file(etc / SYSCTL_FILE, body)
     steps += _file(etc / MODULES_FILE, "tun\n")
-    if not _has_tun(misc):
+    if not tun.has_driver(misc):
         steps.append(Step(module="tun"))
     steps += [Step(setting=setting) for setting in wanted if sysctl.read(setting.name, root) != setting.value]
     return steps
@@ -169,10 +168,6 @@ def _write(file: File) -> None:
         with contextlib.suppress(OSError):
             Path(temporary).unlink()
         raise
-
-
-def _has_tun(misc: Path) -> bool:
-    return any(line.split()[1:] == ["tun"] for line in _text(misc).splitlines())
 
 
 def _load(module: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -13,6 +14,7 @@ from typing import NamedTuple
 # Specification constants (tunnel 9.1), <linux/if_tun.h>.
 DEVICE_NAME = "tun-firezone"
 NODE = Path("/dev/net/tun")
+MISC = Path("/proc/misc")
 _NODE_NUMBER = os.makedev(10, 200)
 _NODE_MODE = stat.S_IFCHR | 0o600
 _DIRECTORY_MODE = 0o751
@@ -60,6 +62,13 @@ def open_tun(name: str = DEVICE_NAME, *, offloads: bool = True, node: Path = NOD
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def has_driver(misc: Path = MISC) -> bool:
+    """Whether the kernel has the TUN driver, built in or loaded."""
+    with contextlib.suppress(OSError):
+        return any(line.split()[1:] == ["tun"] for line in misc.read_text("utf-8", "replace").splitlines())
+    return False
 
 
 def _open_node(node: Path) -> int:
