@@ -46,6 +46,7 @@ _CEILINGS = "pyroute2=warn,asyncio=warn,geventwebsocket=warn,websocket=warn,dns=
 # `target[span{field=value}]=level` selects what happens inside a span; we have none, so it selects nothing.
 _SPAN = re.compile(r"\[[^\]]*\]")
 _SPAN_MARK = "[]"
+_TARGET = re.compile(r"[\w:.-]+")
 # A portal or a resource must not be able to write to the operator's terminal.
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))} | {10: "\\n", 13: "\\r", 9: "\\t"}
 # What a person can follow, and a site of a hundred clients can say when it comes back; a fault that repeats itself
@@ -189,8 +190,8 @@ def parse_filter(directives: str) -> tuple[int, dict[str, int]]:
             continue
         if equals and level is None:
             raise FilterError(f"{directive!r} names no level; levels are off, error, warn, info, debug and trace")
-        if not target:
-            raise FilterError(f"{directive!r} names no target; write target=level or a level alone")
+        if _TARGET.fullmatch(target) is None:
+            raise FilterError(f"{directive!r} names no target; write target=level or a level alone, and commas between")
         if equals or level is None:
             targets[target] = TRACE if level is None else level
         else:
