@@ -49,6 +49,8 @@ _SPAN_MARK = "[]"
 _TARGET = re.compile(r"[\w:.-]+")
 # A portal or a resource must not be able to write to the operator's terminal.
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))} | {10: "\\n", 13: "\\r", 9: "\\t"}
+# The same where JSON leaves them as they are.
+_JSON_CONTROL = {code: f"\\u{code:04x}" for code in (*range(0x7F, 0xA0), 0x2028, 0x2029)}
 # What a person can follow, and a site of a hundred clients can say when it comes back; a fault that repeats itself
 # must not fill a disk, nor hide other lines. Only WARN and INFO: who asks for more wants all of it, and each ERROR is
 # shown.
@@ -84,6 +86,10 @@ class HumanFormatter(logging.Formatter):
 
 class JsonLineFormatter(JsonFormatter):
     """One object per line: timestamp, level, target, message, and every field at the top level."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line whatever is in it."""
+        return super().format(record).translate(_JSON_CONTROL)
 
     def add_fields(self, log_data: dict[str, Any], record: logging.LogRecord, message_dict: dict[str, Any]) -> None:
         """Ours instead of the library's set of names."""

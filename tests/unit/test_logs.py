@@ -93,6 +93,16 @@ def test_a_token_too_short_to_be_one_does_not_spoil_other_words(configured):
 
 
 @pytest.mark.spec("OPS-34")
+def test_a_json_line_cannot_steer_a_terminal_and_is_the_same_to_a_program(configured):
+    lines = configured("info", json_lines=True)
+    logging.getLogger("a").info("\x1b[31m\x7f\x9b31m\u2028ü", extra={"field": "x\x85y"})
+    (line,) = lines()
+    assert line.replace("ü", "").isascii()
+    assert line.isprintable()
+    assert (json.loads(line)["message"], json.loads(line)["field"]) == ("\x1b[31m\x7f\x9b31m\u2028ü", "x\x85y")
+
+
+@pytest.mark.spec("OPS-34")
 def test_a_json_line_is_one_flat_object(configured):
     lines = configured("info", json_lines=True)
     logging.getLogger("fzg.app").warning("Text %d\nmore", 7, extra={"rid": "r-1", "count": 3, "what": Secret("s3cr3t")})
