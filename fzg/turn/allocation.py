@@ -304,6 +304,7 @@ class Allocation:
                 self._handle_given_up(transaction, now)
             else:
                 self._transmit(transaction, now)
+                self._look_for_life(transaction, now)
         if self.state is State.ACTIVE and self._expires_at is not None and now >= self._expires_at:
             _LOG.info("relay %s: the allocation expired", self.relay.id)
             self._invalidate(now, rebind=True)
@@ -326,7 +327,17 @@ class Allocation:
             else:
                 self._channels.begin_refresh(channel)
                 self._request(Purpose.CHANNEL_BIND, now, peer=channel.peer, channel=channel.number)
-        if not self._transactions.in_flight(Purpose.BINDING) and now >= self._keep_alive_at():
+        if now >= self._keep_alive_at():
+            self._ask_for_life(now)
+
+    def _look_for_life(self, unanswered: Transaction, now: float) -> None:
+        """Some relays say nothing about an allocation that they lost, but answer a Binding (DEV 14)."""
+        asks = unanswered.purpose in (Purpose.REFRESH, Purpose.CHANNEL_BIND) and not unanswered.challenges
+        if asks and self.state is State.ACTIVE and self._last_received <= unanswered.started:
+            self._ask_for_life(now)
+
+    def _ask_for_life(self, now: float) -> None:
+        if not self._transactions.in_flight(Purpose.BINDING):
             assert self._active is not None
             self._last_binding = now
             self._request(Purpose.BINDING, now, destination=self._active)

@@ -116,6 +116,39 @@ def test_relay_that_forgets_each_allocation_at_once_is_left_alone_ever_longer(me
     assert state(network) == "active"
 
 
+@pytest.mark.parametrize("method", [REFRESH, CHANNEL_BIND])
+def test_relay_that_is_silent_about_a_lost_allocation_is_asked_for_another(method: int) -> None:
+    """As pion is. A Binding tells it from a relay that is gone, whatever else is under way (DEV 14)."""
+    relay = ScriptedRelay()
+    network = Network([relay]).active()
+    network.run(30)
+    relay.forget()
+    relay.silent_to = {REFRESH, CHANNEL_BIND}
+    network.clear()
+    if method == REFRESH:
+        network.set.doubt(RELAY_ID, network.now)
+    else:
+        network.set.bind_channel(RELAY_ID, peer(1), network.now)
+    while not network.requests(ALLOCATE):
+        network.run(0.1)
+        assert network.now - network.start < 60
+    relay.silent_to = set()
+    network.run(1)
+    assert state(network) == "active"
+    assert network.all(NoRelays) == []
+
+
+def test_silent_relay_is_removed_as_soon_as_ever_although_a_binding_asks_whether_it_lives() -> None:
+    relay = ScriptedRelay()
+    network = Network([relay]).active()
+    relay.silent = True
+    network.set.doubt(RELAY_ID, network.now)
+    network.run(8.1)
+    assert state(network) == "active"
+    network.run(0.1)
+    assert RELAY_ID not in network.set
+
+
 @pytest.mark.spec("TURN-32")
 def test_relay_that_says_mismatch_to_everything_is_left_alone_after_three_deletes() -> None:
     relay = ScriptedRelay()
