@@ -126,6 +126,8 @@ def _complete_word(ctx: click.Context, _param: click.Parameter, incomplete: str)
     return [] if _COMMAND in ctx.meta else [name for name in commands.COMMANDS if name.startswith(incomplete)]
 
 
+_LONGEST_TYPO = 16  # characters: tokens of portals have a hundred and more
+_ALIKE = 0.7  # of difflib: two letters exchanged, one missing or one too many
 _COMMAND = "fzg.command"
 _VERBOSE = "fzg.verbose"
 
@@ -307,6 +309,11 @@ def _run(options: Mapping[str, Any], environment: Mapping[str, str]) -> int:
 
     if options["token"]:
         hide_argument(options["token"])
+        if meant := _command_like(options["token"]):
+            shown = (
+                f"firezone-gateway: the argument is taken as the token; if it was to be the command {meant}, stop this"
+            )
+            click.echo(shown, err=True)
     if not options["no_check"] and options["tun_fd"] is None and not capabilities.has_net_admin():
         click.echo(capabilities.privilege_remedy(_executable(), os.getuid()), err=True)
         return EXIT_FAILURE
@@ -332,6 +339,15 @@ def _run(options: Mapping[str, Any], environment: Mapping[str, str]) -> int:
     except FatalError as error:
         logs.fatal(error)
         return EXIT_FAILURE
+
+
+def _command_like(token: str) -> str | None:
+    """The command that was misspelt, maybe: whoever mistypes `status` does not expect a gateway to start."""
+    if len(token) > _LONGEST_TYPO:
+        return None
+    import difflib
+
+    return next(iter(difflib.get_close_matches(token, commands.COMMANDS, n=1, cutoff=_ALIKE)), None)
 
 
 def _settings(options: Mapping[str, Any], environment: Mapping[str, str]) -> Settings:

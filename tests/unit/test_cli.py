@@ -259,6 +259,17 @@ def test_a_surplus_argument_is_not_repeated(run):
     assert TOKEN not in outcome.err
 
 
+@pytest.mark.parametrize(("typo", "meant"), [("statsu", "status"), ("dran", "drain"), ("doctors", "doctor")])
+def test_a_token_that_looks_like_a_misspelt_command_is_a_token_and_told_so(run, typo, meant):
+    outcome = run(typo, RUST_LOG="no-level=x")
+    assert f"the argument is taken as the token; if it was to be the command {meant}, stop this" in outcome.err
+
+
+@pytest.mark.parametrize("token", ["t", TOKEN, "some-token"])
+def test_of_other_tokens_nothing_is_said(run, token):
+    assert "taken as the token" not in run(token, RUST_LOG="no-level=x").err
+
+
 @pytest.mark.spec("OPS-3", "OPS-4")
 @pytest.mark.parametrize("option", ["-V", "--version"])
 def test_the_version_is_one_line(run, option):
