@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fzg.ops.control import FILE, VARIABLE, places
+from fzg.ops.control import FILE, FOREIGNER, VARIABLE, places
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,6 +23,10 @@ class NoGatewayError(click.ClickException):
     """No gateway runs here, as far as this user can see; the message says what to do."""
 
 
+class DeniedError(click.ClickException):
+    """A gateway may run here, but this user may not ask it; the message says who may."""
+
+
 class RefusedError(click.ClickException):
     """The gateway answered that it cannot do it; the message is its sentence."""
 
@@ -30,7 +34,7 @@ class RefusedError(click.ClickException):
 def ask(request: str, /, *, patience: float = PATIENCE, **fields: Any) -> Iterator[dict[str, Any]]:
     """The lines of the answer as they come. `patience`: seconds without one, after which the gateway counts as stuck.
 
-    Raises `NoGatewayError`, and `RefusedError` with what the gateway says against it.
+    Raises `NoGatewayError`, `DeniedError`, and `RefusedError` with what the gateway says against it.
     """
     with connect() as connection:
         connection.settimeout(patience)
@@ -40,7 +44,8 @@ def ask(request: str, /, *, patience: float = PATIENCE, **fields: Any) -> Iterat
                 for line in lines:
                     answer: dict[str, Any] = json.loads(line)
                     if "error" in answer:
-                        raise RefusedError(printable(str(answer["error"])))
+                        sentence = printable(str(answer["error"]))
+                        raise (DeniedError if sentence.startswith(FOREIGNER) else RefusedError)(sentence)
                     yield answer
         except TimeoutError as error:
             raise RefusedError(f"the gateway is there but said nothing for {patience:.0f} s") from error
@@ -61,7 +66,7 @@ def first_of(answer: Iterator[dict[str, Any]]) -> dict[str, Any]:
 
 
 def connect() -> socket.socket:
-    """A connection to the gateway that runs here. Raises `NoGatewayError`."""
+    """A connection to the gateway that runs here. Raises `NoGatewayError` and `DeniedError`."""
     looked = _candidates()
     denied: Path | None = None
     for path in looked:
@@ -77,7 +82,7 @@ def connect() -> socket.socket:
             return connection
         connection.close()
     if denied is not None:
-        raise NoGatewayError(f"{denied} is not yours to use: ask as root or as the user that runs the gateway")
+        raise DeniedError(f"{denied} is not yours to use: ask as root or as the user that runs the gateway")
     if not looked:
         raise NoGatewayError(f"{VARIABLE} is empty, so no gateway can be asked")
     tried = ", ".join(str(path) for path in looked)

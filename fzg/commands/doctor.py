@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 import gevent
 
-from fzg.commands.connection import NoGatewayError, RefusedError, ask_once, printable
+from fzg.commands.connection import DeniedError, NoGatewayError, RefusedError, ask_once, printable
 from fzg.host import facts, reach
 from fzg.host.holders import is_elsewhere
 from fzg.host.network import INTERFACE
@@ -143,11 +143,12 @@ def _live() -> tuple[Live | None, str, str]:
     """What the running gateway says; or that this user may not ask it; or how it failed to answer."""
     try:
         live = live_from(ask_once("status"))
-    except NoGatewayError as error:
-        return None, error.message if "not yours" in error.message else "", ""
+    except NoGatewayError:
+        return None, "", ""
+    except DeniedError as error:
+        return None, error.message, ""
     except RefusedError as error:
-        denied = "only root" in error.message
-        return None, error.message if denied else "", "" if denied else error.message
+        return None, "", error.message
     return (None, "", "") if is_elsewhere(live.pid) else (live, "", "")
 
 

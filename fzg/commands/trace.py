@@ -9,6 +9,7 @@ import click
 
 from fzg.commands.connection import ask_once, printable
 
+_THE_HOST_S_PART = "whether the host forwards and masquerades it: see `firezone-gateway doctor`"
 _SIGNS = {"ok": "ok  ", "stop": "STOP", "note": "    "}
 
 
@@ -79,7 +80,7 @@ def command(
     if answer["passes"]:
         if answer["translated"]:
             click.echo(printable(f"      as {answer['translated']}"))
-        beyond = "whether the host forwards and masquerades it: see `firezone-gateway doctor`"
         if answer["direction"] == "to client":
-            beyond = f"the client's connection: {answer['connection']}"
-        click.echo(f"      not judged here: {beyond}" if "doctor" in beyond else f"      {beyond}")
+            click.echo(f"      the client's connection: {answer['connection']}")
+        else:
+            click.echo(f"      not judged here: {_THE_HOST_S_PART}")

@@ -43,6 +43,9 @@ REQUEST_TIMEOUT = 5.0  # s
 ANSWER_TIMEOUT = 10.0  # s
 LONGEST_PATH = 107  # bytes, sun_path of unix(7)
 
+FOREIGNER = "only root and the user that runs the gateway"
+"""How the refusal of anybody else begins."""
+
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
@@ -211,7 +214,7 @@ def _answers(path: Path) -> bool:
 def _check_peer(connection: socket.socket) -> None:
     _, uid, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
     if uid not in (0, os.getuid()):
-        raise Refused(f"only root and the user that runs the gateway (uid {os.getuid()}) may ask it")
+        raise Refused(f"{FOREIGNER} (uid {os.getuid()}) may ask it")
 
 
 def _receive(connection: socket.socket) -> bytes:

@@ -9,6 +9,8 @@ from ipaddress import ip_address
 
 import pytest
 
+from fzg.commands import connection
+from fzg.commands import doctor as doctor_command
 from fzg.commands.doctor import live_from
 from fzg.host.facts import Disk, HostFacts, TunNode, Unreadable, Way
 from fzg.host.holders import Listener, Process
@@ -536,3 +538,19 @@ def test_a_status_of_a_gateway_is_read_and_what_is_missing_is_not_known():
         pid=12, portal_error="HTTP 409", relays=(("192.0.2.9:3478, [2001:db8::9]:3478", False),), clients=4
     )
     assert live_from({}) == Live()
+
+
+@pytest.mark.parametrize(
+    ("error", "seen"),
+    [
+        (connection.NoGatewayError("no gateway is running here"), (None, "", "")),
+        (connection.DeniedError("/run/x is not yours to use"), (None, "/run/x is not yours to use", "")),
+        (connection.RefusedError("the gateway hung up"), (None, "", "the gateway hung up")),
+    ],
+)
+def test_a_gateway_that_is_not_there_may_not_be_asked_or_does_not_answer_are_three_things(monkeypatch, error, seen):
+    def ask(_request):
+        raise error
+
+    monkeypatch.setattr(doctor_command, "ask_once", ask)
+    assert doctor_command._live() == seen
