@@ -186,7 +186,8 @@ class App:
             dialing=DialOptions(resolve=addresses_of, ssl_context=trusted.context, proxy=proxy, mark=self._mark),
             reconnect=Reconnect(random=os.urandom, max_partition=settings.max_partition_time),
         )
-        self._health = Health(settings.health_address, self, self._metrics().render if settings.metrics else None)
+        render_metrics = self._metrics().render if settings.metrics else None
+        self._health = Health(settings.health_address, self.not_ready_because, render_metrics)
         self._health.start()
         self._flow_logs.start()
         self._draining = Drain(self._gateway, self._portal, settle=self._drain, finished=lambda: self._stop.set(None))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import gevent
 from gevent.pool import Pool
@@ -25,22 +25,20 @@ MAX_CONNECTIONS = 64
 MAX_CONNECTION_S = 10.0
 
 
-class Readiness(Protocol):
-    """What the endpoint asks."""
-
-    def not_ready_because(self) -> str | None:
-        """One sentence why no client can be served, or None when all is well."""
-
-
 class Health:
     """The HTTP server; a port that is taken costs the endpoint, not the gateway (OPS-32)."""
 
     def __init__(
-        self, address: Endpoint, readiness: Readiness, render_metrics: Callable[[str], tuple[bytes, str]] | None = None
+        self,
+        address: Endpoint,
+        not_ready_because: Callable[[], str | None],
+        render_metrics: Callable[[str], tuple[bytes, str]] | None = None,
     ) -> None:
-        """`render_metrics`: body and content type of `/metrics` for an Accept header; None: there is no such path."""
+        """`not_ready_because`: a sentence why no client can be served, None when all is well. `render_metrics`: body
+        and content type of `/metrics` for an Accept header; None: there is no such path.
+        """
         self._address = address
-        self._readiness = readiness
+        self._not_ready_because = not_ready_because
         self._render_metrics = render_metrics
         self._server: WSGIServer | None = None
 
@@ -79,7 +77,7 @@ class Health:
         elif method not in ("GET", "HEAD"):
             status, headers = "405 Method Not Allowed", [("Allow", "GET, HEAD")]
         elif path == "/readyz":
-            status, body, content_type = _readiness_answer(self._readiness.not_ready_because(), accept)
+            status, body, content_type = _readiness_answer(self._not_ready_because(), accept)
         elif path == "/metrics" and self._render_metrics is not None:
             body, content_type = self._render_metrics(accept)
         headers += [("Content-Type", content_type), ("Content-Length", str(len(body)))]

@@ -42,7 +42,6 @@ RESOURCE_ID = "99999999-8888-4777-8666-555555555555"
 GATEWAY_ID = "aaaaaaaa-bbbb-4ccc-8ddd-eeeeeeeeeeee"
 EXPIRES = 2_145_916_800
 IDLE_AFTER_S = 20.0  # as clients are (connectivity 2.6)
-HANDSHAKE_DEBOUNCE_S = 20.0
 _TICK_S = 0.005
 _DATAGRAMS_PER_TURN = 64
 _UNREACHABLE = "172.30.1.{}"  # a client's private address, which its gateway checks in vain

@@ -26,7 +26,6 @@ from tests.unit.gateway_world import (
 )
 
 OTHER_ID = RESOURCE_ID[:-1] + "6"
-THIRD_ID = RESOURCE_ID[:-1] + "7"
 FAR = 2_145_916_800
 ICMP_PROHIBITED = (3, 13)
 

@@ -22,7 +22,7 @@ def endpoint(threads):
     """A started server; calling it does one request and gives status, headers and body."""
     port = free_port()
     gateway = Gateway()
-    server = Health(Endpoint.parse(f"127.0.0.1:{port}"), gateway)
+    server = Health(Endpoint.parse(f"127.0.0.1:{port}"), gateway.not_ready_because)
     server.start()
 
     def request(method, path, headers):
@@ -101,7 +101,7 @@ def test_other_methods_are_not_allowed(endpoint, method, path):
 def test_a_port_that_is_taken_is_a_warning_that_names_the_address(caplog):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        server = Health(Endpoint.parse(f"127.0.0.1:{port}"), Gateway())
+        server = Health(Endpoint.parse(f"127.0.0.1:{port}"), Gateway().not_ready_because)
         server.start()
         server.stop()
     (record,) = caplog.records
@@ -111,13 +111,13 @@ def test_a_port_that_is_taken_is_a_warning_that_names_the_address(caplog):
 
 
 def test_an_address_that_the_host_does_not_have_is_a_warning_too(caplog):
-    Health(Endpoint.parse("192.0.2.1:8080"), Gateway()).start()
+    Health(Endpoint.parse("192.0.2.1:8080"), Gateway().not_ready_because).start()
     assert [record.address for record in caplog.records] == ["192.0.2.1:8080"]
 
 
 def test_it_listens_on_ipv6(threads):
     port = free_port()
-    server = Health(Endpoint.parse(f"[::1]:{port}"), Gateway())
+    server = Health(Endpoint.parse(f"[::1]:{port}"), Gateway().not_ready_because)
     server.start()
     with gevent_socket.create_connection(("::1", port)) as connection:
         connection.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")

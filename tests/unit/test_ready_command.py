@@ -23,7 +23,7 @@ def port():
 def gateway(request, port):
     gateway = Gateway()
     gateway.address = Endpoint.parse(f"{request.param}:{port}")
-    server = Health(gateway.address, gateway)
+    server = Health(gateway.address, gateway.not_ready_because)
     server.start()
     yield gateway
     server.stop()
