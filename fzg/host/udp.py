@@ -17,6 +17,7 @@ _LOG = logging.getLogger(__name__)
 # Specification constants (tunnel 1.4).
 PREFERRED_PORT = 52625
 _SMALLEST_BUFFER = 64 * 1024
+_LARGEST_BUFFER = 2**31 - 1  # a C int, which is what the kernel is told
 
 # <linux/in.h>, <linux/in6.h>, <linux/udp.h>, <asm-generic/socket.h>: not all in Python's socket module.
 _IP_MTU_DISCOVER = 10
@@ -142,11 +143,12 @@ def _set_ipv6_options(udp: socket.socket) -> None:
 
 def _set_buffer(udp: socket.socket, option: int, forced_option: int, size: int) -> int:
     """Ask for `size` bytes, halving until the kernel agrees; what it set. The forced option ignores its limits."""
+    size = min(size, _LARGEST_BUFFER)
     while size >= _SMALLEST_BUFFER:
         for attempt in (forced_option, option):
             try:
                 udp.setsockopt(socket.SOL_SOCKET, attempt, size)
-            except (OSError, OverflowError):
+            except OSError:
                 continue
             return udp.getsockopt(socket.SOL_SOCKET, option)
         size //= 2

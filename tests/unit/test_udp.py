@@ -175,6 +175,17 @@ def test_without_the_right_to_force_buffers_the_ordinary_option_is_used(monkeypa
     assert (bound.send_buffer, bound.receive_buffer) == (2 << 20, 16 << 20)
 
 
+@pytest.mark.spec("OPS-1")
+@pytest.mark.parametrize("size", [2**31 - 1, 2**31, 10**18 - 1])
+def test_a_buffer_larger_than_the_kernel_can_be_told_becomes_the_largest(size: int):
+    granted = []
+    for asked in (1 << 20, size):
+        bound = udp.open_socket(socket.AF_INET, port=0, mark=None, receive_buffer=asked)
+        bound.socket.close()
+        granted.append(bound.receive_buffer)
+    assert granted == sorted(granted)
+
+
 def test_buffer_sizes_are_halved_until_64_kib_fails(monkeypatch: pytest.MonkeyPatch):
     asked: list[int] = []
 
