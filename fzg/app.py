@@ -501,10 +501,9 @@ class App:
     def _shut_down(self) -> None:
         """Close frame, goodbye to clients, allocations deleted, host rules removed; at most a few seconds."""
         _LOG.info("Shutting down")
-        now = clock.now()
         self._notifier.stopping()
         self._portal.close(wait=GOODBYE_FLUSH)
-        self._gateway.shutdown(now)
+        self._gateway.shutdown(clock.now())
         while (transmit := self._gateway.poll_transmit()) is not None:
             self._engine.transmit(transmit)
         self._engine.flush()

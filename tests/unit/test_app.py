@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
-from fzg.app import App, _as_fatal
+from fzg.app import GOODBYE_FLUSH, App, _as_fatal
+from fzg.host import clock
 from fzg.host.errors import HostError
 from fzg.portal.messages import BroadcastIceCandidates, BroadcastInvalidatedIceCandidates
 
@@ -26,3 +28,13 @@ def test_a_task_that_ends_with_a_sentence_ends_the_process_with_that_sentence():
 
 def test_a_task_that_ends_with_a_mistake_is_named():
     assert str(_as_fatal("timer", ValueError("no such thing"))) == "the timer task ended: no such thing"
+
+
+def test_flows_end_when_the_goodbye_is_said_not_before_the_portal_was_left(monkeypatch):
+    moments = [10.0]
+    monkeypatch.setattr(clock, "now", lambda: moments[-1])
+    app = MagicMock()
+    app._portal.close.side_effect = lambda wait: moments.append(moments[-1] + wait)
+    app._gateway.poll_transmit.return_value = None
+    App._shut_down(app)
+    app._gateway.shutdown.assert_called_once_with(10.0 + GOODBYE_FLUSH)
