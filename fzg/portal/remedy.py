@@ -35,7 +35,12 @@ def for_rejection(rejection: Rejection) -> str:
             f"(up to 37 s): {IDENTITY}"
         )
     if rejection.status == 403:
-        return "the portal's administrator has to enable the account"
+        if rejection.code == "account_disabled":
+            return "the portal's administrator has to enable the account"
+        return (
+            "check FIREZONE_API_URL and any proxy, for it may not be the portal that answers; else the portal's "
+            "administrator knows why this host, or the country it is in, is refused"
+        )
     if rejection.status in (301, 302, 303, 307, 308, 404):
         return "check FIREZONE_API_URL, which leads to another server than a portal"
     return ""

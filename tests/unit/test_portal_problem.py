@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fzg.portal.problem import AuthenticationFailed, TokenInvalid, parse_rejection, parse_retry_after
+from fzg.portal import remedy
+from fzg.portal.problem import AuthenticationFailed, Rejection, TokenInvalid, parse_rejection, parse_retry_after
 
 NOW = 1_790_000_000.0  # Mon, 21 Sep 2026 14:13:20 GMT
 
@@ -61,6 +62,13 @@ def test_no_other_status_is_fatal_and_code_and_detail_are_shown(status):
 def test_retry_after_is_a_number_of_seconds_or_a_date(value, delay):
     assert parse_retry_after(value, NOW) == delay
     assert rejection(503, retry_after=value).retry_after == delay
+
+
+def test_the_account_is_blamed_for_a_403_only_by_the_portals_own_word():
+    assert "enable the account" in remedy.for_rejection(Rejection(403, code="account_disabled"))
+    for code in (None, "unauthenticated"):
+        assert "account" not in remedy.for_rejection(Rejection(403, code=code))
+        assert "FIREZONE_API_URL" in remedy.for_rejection(Rejection(403, code=code))
 
 
 def test_a_body_reaches_the_log_as_one_bounded_line():
