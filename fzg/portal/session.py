@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 import gevent
 from gevent.event import AsyncResult, Event
-from websocket import ABNF, WebSocketException, continuous_frame, frame_buffer
+from websocket import ABNF, WebSocketException, WebSocketProtocolException, continuous_frame, frame_buffer
 
 from fzg.portal.channel import Fatal, Hiccup, Joined, Received
 from fzg.portal.problem import FatalPortalError, printable
@@ -33,6 +33,9 @@ _LOG = logging.getLogger(__name__)
 # Specification constants (portal 1.3)
 MAX_FRAME: Final = 16 * 1024 * 1024
 MAX_MESSAGE: Final = 64 * 1024 * 1024
+
+MAX_CONTROL: Final = 125
+"""Bytes in a control frame (RFC 6455 5.5); the answer to a longer one would break the protocol in turn."""
 
 READ_TURN: Final = 256 * 1024
 """Bytes read before other sockets get their turn: about a millisecond."""
@@ -228,6 +231,8 @@ class Session:
 
     def _handle(self, frame: ABNF) -> None:
         data = frame.data if isinstance(frame.data, bytes) else frame.data.encode()
+        if frame.opcode >= ABNF.OPCODE_CLOSE and len(data) > MAX_CONTROL:
+            raise WebSocketProtocolException("a control frame is too long")
         match frame.opcode:
             case ABNF.OPCODE_PING:
                 self._pong = data  # an unwritten answer to an earlier ping is superseded (RFC 6455 5.5.3)

@@ -163,6 +163,16 @@ def test_each_way_to_lose_the_connection_leads_to_a_new_one(portal, dial, how):
     assert gateway.application.log == ["connected", "disconnected", "connected"]
 
 
+def test_a_control_frame_that_is_too_long_is_refused_rather_than_answered_in_kind(portal, dial):
+    gateway = dial()
+    gateway.wait_connected()
+    connection = portal.connection(0)
+    connection.raw(b"\x89\x7e\x00\x7e" + bytes(126))
+    gateway.wait_connected(2)
+    assert connection.pongs == []
+    assert connection.closed_with == (1002, "")
+
+
 @pytest.mark.spec("PORTAL-35")
 def test_disconnect_is_fatal_only_for_an_expired_token_even_when_the_channel_closes_right_after(portal, dial):
     gateway = dial()
