@@ -121,7 +121,7 @@ def test_packets_for_the_core_end_a_turn_early_and_count_for_more(world: World):
     first = turn(world)
     assert len(first) <= 64 + TRAIN
     assert [item.peer for item in first].index(OTHER) <= 2 * TRAIN
-    world.gateway.limit(judged=1 << 20)
+    world.gateway.limit(judged=1 << 20, turn=1 << 20)
     assert len(turn(world)) == 12 * TRAIN + 1 - len(first)
 
 
