@@ -21,7 +21,7 @@ from fzg.host import clock, sysctl, trust, tun, udp
 from fzg.host.addresses import AddressWatch, local_addresses
 from fzg.host.dns_server import DnsServer
 from fzg.host.nameservers import Nameservers, Upstream
-from fzg.host.network import INTERFACE, HostError, HostNetwork, MasqueradeMode, Report
+from fzg.host.network import INTERFACE, HostError, HostNetwork, Report
 from fzg.host.reach import addresses_of
 from fzg.host.resolver import Resolver
 from fzg.mark import SOCKET_MARK
@@ -272,7 +272,7 @@ class App:
             self._say(
                 self._host_thread.apply(
                     self._network.prepare,
-                    (MasqueradeMode(self._settings.masquerade),),
+                    (self._settings.masquerade,),
                     {"raise_buffers": self._settings.increase_buffers},
                 )
             )

@@ -19,9 +19,10 @@ from click.core import ParameterSource
 from fzg import commands, early_signals
 from fzg import settings as s
 from fzg.host.arguments import hide_argument
+from fzg.host.masquerade import Masquerade
 from fzg.ops import logs
 from fzg.secret import MASK
-from fzg.settings import LogFormat, Masquerade, MetricsExporter, Offloads, SettingError, Settings
+from fzg.settings import LogFormat, MetricsExporter, Offloads, SettingError, Settings
 from fzg.version import VERSION
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ from datetime import timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
+from fzg.host.masquerade import Masquerade
 from fzg.wire import Malformed
 from fzg.wire.endpoint import Endpoint
 
@@ -82,14 +83,6 @@ class MetricsExporter(StrEnum):
     STDOUT = "stdout"
     OTEL_COLLECTOR = "otel-collector"
     SENTRY = "sentry"
-
-
-class Masquerade(StrEnum):
-    """Whether clients' addresses become the host's. AUTO does it but goes on where the host refuses, ON fails then."""
-
-    AUTO = "auto"
-    ON = "on"
-    OFF = "off"
 
 
 class SettingError(ValueError):

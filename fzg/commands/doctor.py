@@ -17,13 +17,13 @@ import gevent
 from fzg.commands.connection import DeniedError, NoGatewayError, RefusedError, ask_once, printable
 from fzg.host import facts, reach
 from fzg.host.holders import is_elsewhere
+from fzg.host.masquerade import Masquerade
 from fzg.host.network import INTERFACE
 from fzg.host.udp import PREFERRED_PORT
 from fzg.ops import doctor
 from fzg.ops.doctor import Check, Live, Plan, Seen, State
 from fzg.portal import identity, user_agent
 from fzg.portal.url import InvalidUrl, PortalUrl
-from fzg.settings import Masquerade
 from fzg.wire import Malformed
 from fzg.wire.endpoint import Endpoint
 

@@ -9,7 +9,7 @@ import click
 
 from fzg.host import facts, permanent
 from fzg.host.errors import HostError
-from fzg.settings import Masquerade
+from fzg.host.masquerade import Masquerade
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

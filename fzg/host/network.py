@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Final
 
 from fzg.host import input_chains, netlink, sysctl, tun
 from fzg.host.errors import HostError, Report
+from fzg.host.masquerade import Masquerade
 from fzg.host.netlink import Configured
-from fzg.host.nftables import Firewall, MasqueradeMode, legacy_tables_note
+from fzg.host.nftables import Firewall, legacy_tables_note
 
 if TYPE_CHECKING:
     from ipaddress import IPv4Address, IPv6Address
 
     from fzg.host.input_chains import Obstacle
 
-__all__ = ["INTERFACE", "Configured", "HostError", "HostNetwork", "MasqueradeMode", "Report"]
+__all__ = ["INTERFACE", "Configured", "HostError", "HostNetwork", "Report"]
 
 INTERFACE: Final = tun.DEVICE_NAME
 
@@ -29,18 +30,18 @@ class HostNetwork:
     def __init__(self, interface: str = INTERFACE) -> None:
         self._interface = interface
         self._firewall = Firewall(interface)
-        self._mode = MasqueradeMode.OFF
+        self._mode = Masquerade.OFF
         self._addresses: tuple[IPv4Address | None, IPv6Address | None] | None = None
         self._obstacles: list[Obstacle] = []
 
-    def prepare(self, masquerade: MasqueradeMode, *, raise_buffers: bool = True) -> Report:
+    def prepare(self, masquerade: Masquerade, *, raise_buffers: bool = True) -> Report:
         """Buffer ceilings, forwarding, masquerading, accepts in foreign chains; replaces what a killed process left.
 
         Raises HostError when masquerading is required (`on`) and impossible.
         """
         self._mode = masquerade
         report = sysctl.raise_buffer_ceilings() if raise_buffers else Report()
-        report.add(sysctl.enable_forwarding(enable_ipv6=masquerade is MasqueradeMode.ON))
+        report.add(sysctl.enable_forwarding(enable_ipv6=masquerade is Masquerade.ON))
         report.add(self._firewall.apply(masquerade))
         if note := legacy_tables_note(self._interface):
             report.notes.append(note)

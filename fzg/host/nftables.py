@@ -8,7 +8,7 @@ finds what a killed process left. Everything that belongs together is one transa
 from __future__ import annotations
 
 import errno
-from enum import Enum, StrEnum
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -32,6 +32,7 @@ from pyroute2.netlink.nfnetlink.nftsocket import (
 from fzg.host import nft_ruleset as ruleset
 from fzg.host.errors import HostError, Report
 from fzg.host.input_chains import Obstacle, obstacles
+from fzg.host.masquerade import Masquerade
 from fzg.host.netlink_socket import NLM_F_ACK, NLM_F_CREATE, NetlinkError, NetlinkSocket
 from fzg.host.nft_ruleset import TABLE_NAME
 from fzg.tunnel.ranges import PEER_V4, PEER_V6
@@ -58,14 +59,6 @@ _IFNAMSIZ: Final = 16
 # Expressions without a say in where the packet goes; a rule made of these and a verdict holds for every packet.
 _NEUTRAL: Final = frozenset({"counter", "log", "notrack", "last"})
 _TERMINAL_TARGETS: Final = frozenset({"REJECT", "DROP"})  # targets of iptables-nft rules
-
-
-class MasqueradeMode(StrEnum):
-    """Whether packets of clients leave with this host's address: `off` needs routes back to the peer ranges."""
-
-    AUTO = "auto"  # yes; what the host refuses is a warning
-    ON = "on"  # yes; what the host refuses ends the start
-    OFF = "off"  # no
 
 
 class _Source(NamedTuple):
@@ -109,7 +102,7 @@ class Firewall:
         self._interface = interface
         self._masqueraded: set[int] = set()
 
-    def apply(self, mode: MasqueradeMode) -> Report:
+    def apply(self, mode: Masquerade) -> Report:
         """Make the rule set what `mode` asks for, replacing what an earlier process left."""
         report = Report()
         try:
@@ -175,9 +168,9 @@ class Firewall:
             )
         return report
 
-    def _masquerade(self, netlink: NetlinkSocket, family: int, mode: MasqueradeMode, report: Report) -> None:
+    def _masquerade(self, netlink: NetlinkSocket, family: int, mode: Masquerade, report: Report) -> None:
         try:
-            if mode is MasqueradeMode.OFF:
+            if mode is Masquerade.OFF:
                 _delete_table(netlink, family)
                 self._masqueraded.discard(family)
             else:
@@ -290,7 +283,7 @@ class Firewall:
         )
         return _Step(rule, NFT_MSG_NEWRULE, NLM_F_CREATE)  # without NLM_F_APPEND: at the head
 
-    def _refuse(self, report: Report, mode: MasqueradeMode, families: str, what: str) -> None:
+    def _refuse(self, report: Report, mode: Masquerade, families: str, what: str) -> None:
         remedy = "; ".join(
             f"{tool} -t nat -A POSTROUTING -s {source.network} ! -o {self._interface} -j MASQUERADE"
             for tool, name, source in (
@@ -299,9 +292,9 @@ class Firewall:
             )
             if name in families
         )
-        if mode is MasqueradeMode.ON:
+        if mode is Masquerade.ON:
             raise HostError(f"{what}. Run as root: {remedy}; then start the gateway with --masquerade auto.")
-        if mode is MasqueradeMode.AUTO:
+        if mode is Masquerade.AUTO:
             report.warnings.append(
                 f"{what}: resources answer clients only if their networks route {families} answers to this host. "
                 f"Run as root: {remedy}"

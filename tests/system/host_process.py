@@ -21,7 +21,8 @@ import struct
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
-from fzg.host.network import HostError, HostNetwork, MasqueradeMode
+from fzg.host.masquerade import Masquerade
+from fzg.host.network import HostError, HostNetwork
 from fzg.host.tun import open_tun
 
 NOBODY = 65534
@@ -98,7 +99,7 @@ def main() -> None:
 def execute(run, network, descriptor, name, arguments):
     match name:
         case "prepare":
-            report = run(network.prepare, MasqueradeMode(arguments[0]))
+            report = run(network.prepare, Masquerade(arguments[0]))
         case "repair":
             report = run(network.repair)
         case "remove":
