@@ -9,7 +9,6 @@ READY := $(VENV)/.ready
 ENGINE := $(VENV)/.engine
 GATEWAY ?= $(PY) -m fzg
 ONLY ?=
-PYTEST := $(PY) -m pytest
 
 LAB_PACKAGES := ip=iproute2 nft=nftables turnserver=coturn iperf3=iperf3 curl=curl openssl=openssl setpriv=util-linux
 BINARY_PACKAGES := objdump=binutils strip=binutils
@@ -28,11 +27,11 @@ demo: $(ENGINE) ## the gateway at work in a laboratory of its own (GATEWAY=dist/
 
 test: $(ENGINE) ## all tests that fit into a quarter of an hour
 	@packaging/require $(TEST_PACKAGES) $$($(PY) packaging/python_packages.py library) || echo "going on without them: tests that need them say so" >&2
-	$(PYTEST) -m "not long"
+	@$(PY) -m tests -m "not long"
 
 test-all: $(ENGINE) ## all tests
 	@packaging/require $(TEST_PACKAGES) $$($(PY) packaging/python_packages.py library) || echo "going on without them: tests that need them say so" >&2
-	$(PYTEST)
+	@$(PY) -m tests
 
 soak: $(ENGINE) ## simulations and fuzzing with ever new seeds (MINUTES=10; SEED=n repeats one batch)
 	@$(PY) -m tests.soak $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(if $(ONLY),--only "$(ONLY)")
