@@ -12,9 +12,10 @@ from pathlib import Path
 
 import gevent
 import pytest
-from gateway_process import INIT, SOURCE, TOKEN, inside, portal_in
+from gateway_process import INIT, TOKEN, inside, portal_in
 
 from tests.lab.process import lab_environment
+from tests.lab.program import gateway_command
 from tests.lab.scripted_portal import Refusal, wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.needs("namespaces", "tun", "ip", "nft")]
@@ -26,7 +27,7 @@ def run(namespace, *arguments, **environment):
     """Runs a gateway that ends by itself; its status, standard output and standard error."""
     variables = {"PATH": os.environ["PATH"], **lab_environment(), "FIREZONE_ID": "x", **environment}
     done = subprocess.run(
-        [*namespace.prefix(), *SOURCE, *arguments],
+        [*namespace.prefix(), *gateway_command(), *arguments],
         env=variables,
         capture_output=True,
         text=True,
@@ -233,6 +234,20 @@ def test_first_attempts_come_once_a_second_and_a_rate_limit_is_obeyed(portal, st
     assert min(gaps) >= 0.98  # a request may be under way longer than the one after it
     assert 3.0 <= gaps[2] < 4.0
     assert max(gaps[0], gaps[1], gaps[3]) < 2.0
+
+
+@pytest.mark.spec("OPS-25")
+def test_a_wait_that_the_portal_asks_for_is_kept_and_costs_nothing_of_the_time_to_serve_on_without_it(portal, start):
+    gateway = start(portal=portal, FIREZONE_MAX_PARTITION_TIME="1s")
+    gateway.wait_ready()
+    portal.refusals = [Refusal(429, "", {"Retry-After": "1"}), Refusal(503, "", {"Retry-After": "2"})]
+    portal.connection(0).drop()
+    portal.connection(1).frame("phx_join")
+    asked, asked_again, let_in = portal.request_times[1:]
+    assert 1.0 <= asked_again - asked < 2.0
+    assert 2.0 <= let_in - asked_again < 3.0
+    assert gateway.terminate() == 0
+    assert gateway.levels() == {"INFO"}
 
 
 @pytest.mark.spec("OPS-23")
