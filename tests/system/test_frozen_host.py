@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -21,6 +22,7 @@ from frozen_world import (
     programs_mapped,
     status_of,
 )
+from test_host_network import DOCKER
 
 from tests.lab.scripted_portal import wait_until
 
@@ -102,6 +104,43 @@ def test_its_child_works_with_the_capability_and_no_other_process_is_ever_made(
     assert int(status_of(child)["CapEff"], 16) == CAP_NET_ADMIN
     assert "masquerade" in namespace.run("nft", "list", "ruleset").stdout
     assert end(namespace, gateway, capable) == 0
+
+
+@pytest.mark.spec("OPS-45", "OPS-47", "OPS-48")
+def test_with_the_capability_alone_it_sets_the_host_up_as_specified(namespace, portal, start, capable, newcomer):
+    namespace.ip("link add lan0 type bridge", "link set lan0 up", "address add 192.0.2.1/24 dev lan0")
+    namespace.ip("route add default via 192.0.2.254")
+    namespace.sysctl(ipv4__ip_forward=0, ipv4__conf__all__src_valid_mark=0, ipv6__conf__all__forwarding=0)
+    namespace.nft(DOCKER)
+    gateway = start(portal=portal, prefix=newcomer.prefix, command=[capable])
+    gateway.wait_ready()
+    show = lambda *words: json.loads(namespace.run("ip", "-d", "-j", *words).stdout)
+    (device,) = show("address", "show", "dev", "tun-firezone")
+    assert (device["mtu"], device["txqlen"]) == (1280, 10_000)
+    assert device["linkinfo"]["info_data"]["type"] == "tun"
+    assert [(each["local"], each["prefixlen"]) for each in device["addr_info"]] == [
+        ("100.71.4.9", 32),
+        ("fd00:2021:1111::a:17", 128),
+    ]
+    for family, network in (("-4", "100.64.0.0/11"), ("-6", "fd00:2021:1111::/107")):
+        (rule,) = [rule for rule in show(family, "rule") if rule["priority"] == 100]
+        assert (rule["not"], rule["fwmark"], rule["protocol"]) == (None, "0xfd002021", "kernel")
+        routes = show(family, "route", "show", "table", str(0x2021FD00))
+        assert [(route["dst"], route["dev"]) for route in routes] == [(network, "tun-firezone")]
+        assert int(rule["table"]) == 0x2021FD00
+    way = lambda *words: show("route", "get", *words)[0]["dev"]
+    assert (way("100.64.5.5"), way("100.64.5.5", "mark", "0xfd002021")) == ("tun-firezone", "lan0")
+    assert (way("192.0.2.9"), way("198.51.100.1")) == ("lan0", "lan0")
+    rules = namespace.run("nft", "list", "ruleset").stdout
+    for network in ("ip saddr 100.64.0.0/11", "ip6 saddr fd00:2021:1111::/107"):
+        assert f'{network} oifname != "tun-firezone" masquerade' in rules
+    first = re.findall(r"chain FORWARD {\n.*\n\t\t(.*)\n\t\t(.*)", rules)
+    assert first == [('iifname "tun-firezone" accept comment "firezone-gateway"',
+                      'oifname "tun-firezone" accept comment "firezone-gateway"')] * 2  # fmt: skip
+    forwarding = ("ipv4/ip_forward", "ipv4/conf/all/src_valid_mark", "ipv6/conf/all/forwarding")
+    assert namespace.run("cat", *(f"/proc/sys/net/{name}" for name in forwarding)).stdout.split() == ["1"] * 3
+    assert end(namespace, gateway, capable) == 0
+    assert namespace.run("nft", "list", "ruleset").stdout.count("firezone") == 0
 
 
 class TestTemporaryDirectories:
