@@ -166,7 +166,7 @@ def test_the_end_records_open_flows_says_goodbye_and_takes_no_longer_than_six_se
     since, mark = position(lab), len(lab.client.log())
     with ThreadPoolExecutor(1) as pool:
         url = "http://download.httpbin/bytes?num=100000000"
-        job = pool.submit(lab.client.curl, url, "-o", "/dev/null", "--limit-rate", "300k", "--max-time", "20")
+        job = pool.submit(lab.client.curl, url, "-o", "/dev/null", "--limit-rate", "300k", "--max-time", "8")
         wait_until(lambda: printed(lab, since, "TCP flow started"), timeout=10, what="a flow")
         time.sleep(1.5)
         began = time.monotonic()
