@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from tests.lab.control import Control, ControlError
 from tests.lab.portal_client import TOKEN, PortalProcess
 from tests.lab.process import lab_environment, wait_until
+from tests.lab.program import gateway_command
 from tests.lab.relay_client import RelayProcess
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def show(console: Console, gateway: str, reason: str) -> None:
                 )
             )
         portal.wait_relays(2)
-        command = shlex.split(gateway) or [sys.executable, "-m", "fzg"]
+        command = shlex.split(gateway) or gateway_command()
         environment = {"FIREZONE_TOKEN": TOKEN, "FIREZONE_ID": "demo", "HEALTH_CHECK_ADDR": "127.0.0.1:0"}
         network = _start(stack, directory, "gateway", [*command, "--api-url", portal.url], environment)
         threading.Thread(target=_answer, args=(network,), daemon=True).start()

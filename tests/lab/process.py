@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 POLL_S = 0.02
+# Several times what removing the unpacked files takes.
+_LAUNCHER_S = 3.0
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -42,6 +44,15 @@ def cost_of(pid: int) -> Cost:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     user, system, child_user, child_system = (int(fields[i]) / _TICKS for i in (11, 12, 13, 14))
     return Cost(user + child_user, system + child_system, int(fields[21]) * _PAGE / 2**20)
+
+
+def chain_of(pid: int) -> list[int]:
+    """The process and what it runs in turn, as a launcher does: its first child, that one's first child, and so on."""
+    chain = [pid]
+    with contextlib.suppress(OSError):  # one of them ended
+        while children := Path(f"/proc/{chain[-1]}/task/{chain[-1]}/children").read_text().split():
+            chain.append(int(children[0]))
+    return chain
 
 
 def wait_until(condition: Callable[[], Any], *, timeout: float, what: str) -> Any:
@@ -150,6 +161,10 @@ class Process:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 popen.wait(timeout)
         if popen.poll() is None:
+            # A launcher lives for a moment longer than what it runs, and cleans up.
+            os.kill(chain_of(popen.pid)[-1], signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                popen.wait(_LAUNCHER_S)
             popen.kill()
         status = popen.wait()
         if self.name.startswith("gateway"):
@@ -189,13 +204,13 @@ class Process:
         return "\n".join(self.log_text().splitlines()[-lines:])
 
     def cost(self) -> Cost:
-        """What it has used, its ended children included."""
-        return cost_of(self.pid)
+        """What it and what it runs have used, ended children included."""
+        return Cost(*map(sum, zip(*map(cost_of, chain_of(self.pid)), strict=True)))
 
     @property
     def state(self) -> str:
-        """The kernel's letter: `S` sleeps, `R` runs."""
-        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        """The kernel's letter for it, or for what it runs: `S` sleeps, `R` runs."""
+        return Path(f"/proc/{chain_of(self.pid)[-1]}/stat").read_text().rpartition(")")[2].split()[0]
 
     def _await_facts(self, reader: int) -> dict[str, Any]:
         assert self._ready is not None

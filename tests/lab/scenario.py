@@ -24,6 +24,7 @@ from tests.lab.control import Control, ControlError
 from tests.lab.namespaces import Attachment, Namespace, Nat, Network
 from tests.lab.portal_client import TOKEN, PortalProcess
 from tests.lab.process import Process, lab_command, lab_environment, wait_until
+from tests.lab.program import gateway_command
 from tests.lab.relay_client import RelayProcess
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ class Scenario:
     """Packets between client and gateway are dropped, so that only relays connect them."""
     resources: Sequence[str] = RESOURCES
     iperf3: bool = False
-    gateway_command: Sequence[str | Path] = (sys.executable, "-m", "fzg")
+    gateway_command: Sequence[str | Path] = ()
+    """Empty: `tests.lab.program` knows."""
     gateway_wrapper: Sequence[str] = ()
     """Put before the command, inside the namespace: `setpriv …`, `taskset …`."""
     gateway_environment: Mapping[str, str] = field(default_factory=dict)
@@ -390,7 +392,7 @@ class Lab:
         place.namespace.bind("/var/lib", state)
         if self.portal.ca_file is not None:
             environment["SSL_CERT_FILE"] = str(self.portal.ca_file)
-        command = [*scenario.gateway_wrapper, *scenario.gateway_command]
+        command = [*scenario.gateway_wrapper, *(scenario.gateway_command or gateway_command())]
         if not scenario.gateway_wrapper:  # other users cannot write here; they have their own default
             environment["FIREZONE_CONTROL_SOCKET"] = str(self.directory / "control.sock")
         environment |= scenario.gateway_environment

@@ -1,20 +1,80 @@
-"""Namespaces for tests that run the whole program, and the frozen file."""
+"""Namespaces for tests that run the whole program, and the program.
+
+Tests that claim a check of operations (`OPS-…`) run the shipped file, others the sources, which start sooner.
+`FZG_GATEWAY=".venv/bin/python -m fzg"` saves the time that the build takes after each change of the sources;
+`FZG_GATEWAY=$PWD/dist/firezone-gateway` lets all tests run the file.
+"""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 from gateway_process import Gateway, portal_in
+from shipped import BuildError, Claims, shipped_file
 
 from tests.lab.namespaces import Network
-from tests.lab.process import REPOSITORY
+from tests.lab.program import VARIABLE
+
+HERE = Path(__file__).parent
+CLAIMS = Claims()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """What was claimed is judged at the end, and only if all tests were asked for."""
+    CLAIMS.partial = not {item.path for item in items} >= set(HERE.glob("test_*.py"))
+    items.sort(key=lambda item: item.path.name == "test_shipped_claims.py")
+
+
+def pytest_deselected(items):
+    """`make test` leaves long tests to `make test-all`."""
+    for item in items:
+        if item.path.parent == HERE:
+            CLAIMS.leave_out(item, wanted=item.get_closest_marker("long") is None)
+
+
+def pytest_collection_finish(session):
+    """Builds the file before the first test: what takes so long must not be part of anybody's time limit."""
+    CLAIMS.expect(item for item in session.items if item.path.parent == HERE)
+    if session.config.option.collectonly or not CLAIMS.expected or os.environ.get(VARIABLE):
+        return
+    try:
+        CLAIMS.file = shipped_file()
+    except BuildError as error:
+        if os.environ.get("CI") == "true":
+            raise pytest.UsageError(f"CI=true, and the file that is shipped cannot be tested: {error}") from error
+        session.config.pluginmanager.get_plugin("terminalreporter").write_line(
+            f"`python -m fzg` is tested in the place of the file that is shipped: {error}"
+        )
+
+
+def pytest_runtest_setup(item):
+    CLAIMS.begin_test(item)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef):
+    with CLAIMS.fixture(fixturedef):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if call.when == "call" or report.outcome == "skipped":
+        CLAIMS.end_test(item, report.outcome)
+    return report
+
+
+@pytest.fixture(scope="session")
+def claims():
+    """Which acceptance checks the shipped file passed so far."""
+    return CLAIMS
 
 
 @pytest.fixture(scope="module")
@@ -51,18 +111,11 @@ def start(namespace):
 
 @pytest.fixture(scope="session")
 def frozen():
-    """dist/firezone-gateway, built anew when it is older than what it is made of; or the file that FZG_FROZEN names."""
-    pytest.importorskip("PyInstaller", reason="missing pyinstaller (the extra `build`)")
-    if built := os.environ.get("FZG_FROZEN"):
-        return Path(built).resolve()
-    file = REPOSITORY / "dist" / "firezone-gateway"
-    lock = REPOSITORY / "build" / "freeze.lock"
-    lock.parent.mkdir(exist_ok=True)
-    with lock.open("w") as turn:
-        fcntl.flock(turn, fcntl.LOCK_EX)
-        if not file.exists() or file.stat().st_mtime < max(path.stat().st_mtime for path in ingredients()):
-            subprocess.run([REPOSITORY / "packaging" / "freeze", sys.executable], check=True)
-    return file
+    """The shipped file."""
+    try:
+        return shipped_file()
+    except BuildError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +152,3 @@ def open_node(namespace, shared_directory):
     os.mknod(node, 0o666 | 0o020000, os.makedev(10, 200))
     node.chmod(0o666)
     namespace.bind("/dev/net/tun", node)
-
-
-def ingredients():
-    yield from (path for path in (REPOSITORY / "fzg").rglob("*") if path.suffix in {".py", ".pyx", ".so"})
-    yield from (REPOSITORY / "packaging" / name for name in ("freeze", "follow_launcher.py", "hooks/hook-gevent.py"))
-    yield REPOSITORY / "firezone_gateway.spec"
-    yield REPOSITORY / "requirements.lock"

@@ -8,9 +8,10 @@ import subprocess
 import tempfile
 from typing import NamedTuple
 
-from gateway_process import SOURCE, TOKEN
+from gateway_process import TOKEN
 
 from tests.lab.process import lab_environment
+from tests.lab.program import gateway_command
 from tests.lab.scripted_portal import wait_until
 
 
@@ -40,7 +41,7 @@ class Diagnosis(NamedTuple):
         return {name: check.state for name, check in self.checks.items() if check.state != "ok"}
 
 
-def doctor(namespace, *arguments, portal=None, before=(), prefix=(), command=SOURCE, control="", **environment):
+def doctor(namespace, *arguments, portal=None, before=(), prefix=(), command=(), control="", **environment):
     """Runs it; None as a value unsets a variable. Without `control` no gateway is asked."""
     variables = {
         "PATH": os.environ["PATH"],
@@ -55,7 +56,7 @@ def doctor(namespace, *arguments, portal=None, before=(), prefix=(), command=SOU
     variables |= environment
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen(
-            [*namespace.prefix(), *prefix, *command, *before, "doctor", "--json", *arguments],
+            [*namespace.prefix(), *prefix, *(command or gateway_command()), *before, "doctor", "--json", *arguments],
             env={name: value for name, value in variables.items() if value is not None},
             stdout=out, stderr=err,
         )  # fmt: skip

@@ -8,19 +8,18 @@ import json
 import os
 import re
 import signal
-import sys
 import tempfile
 import urllib.error
 import urllib.request
 from pathlib import Path
 
-from tests.lab.process import Process, lab_environment
+from tests.lab.process import Process, chain_of, lab_environment
+from tests.lab.program import gateway_command
 from tests.lab.scripted_portal import ScriptedPortal, wait_until
 from tests.lab.secrets import WATCH
 
 TOKEN = ".SFMyNTY.c2VjcmV0.c2lnbmF0dXJl"
 HUMAN = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z (TRACE|DEBUG| INFO| WARN|ERROR) [\w:]+: ")
-SOURCE = (sys.executable, "-m", "fzg")
 INIT = {
     "interface": {"ipv4": "100.71.4.9", "ipv6": "fd00:2021:1111::a:17"},
     "config": {"ipv4_masquerade_enabled": True, "ipv6_masquerade_enabled": True},
@@ -58,7 +57,7 @@ def portal_in(namespace, **faults):
 class Gateway:
     """A gateway process. Without `portal` the variable FIREZONE_API_URL is up to the test; None as value unsets one."""
 
-    def __init__(self, namespace, *arguments, portal=None, command=SOURCE, prefix=(), **environment):
+    def __init__(self, namespace, *arguments, portal=None, command=(), prefix=(), **environment):
         self.namespace = namespace
         variables = {
             "FIREZONE_TOKEN": TOKEN,
@@ -77,7 +76,7 @@ class Gateway:
         os.close(handle)
         self.process = Process(
             "gateway",
-            [*command, *arguments],
+            [*(command or gateway_command()), *arguments],
             log=Path(path),
             prefix=[*namespace.prefix(), "env", *unset, *prefix],
             environment={name: value for name, value in variables.items() if value is not None},
@@ -93,7 +92,8 @@ class Gateway:
 
     @property
     def pid(self) -> int:
-        return self.process.pid
+        """The gateway itself: in the one-file form the launcher's child, or the launcher as long as it unpacks."""
+        return chain_of(self.process.pid)[-1]
 
     def says(self, pattern: str, patience: float = PATIENCE_S) -> re.Match:
         """The first match in the output, waited for."""

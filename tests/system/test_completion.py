@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from importlib import import_module
@@ -15,6 +16,7 @@ from fzg.cli import command
 from fzg.commands import COMMANDS
 from fzg.settings import ENVIRONMENT
 from tests.lab.process import REPOSITORY
+from tests.lab.program import gateway_command
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +40,7 @@ def complete(tmp_path_factory):
     """What bash offers for the last word of a line."""
     folder = tmp_path_factory.mktemp("completion")
     program = folder / "firezone-gateway"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m fzg "$@"\n')
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(gateway_command())} "$@"\n')
     program.chmod(0o755)
     (folder / "script").write_text(generated(GENERATORS / "completion" / "generate.py", "bash"))
 

@@ -13,9 +13,10 @@ import time
 from pathlib import Path
 
 import pytest
-from gateway_process import SOURCE, Gateway
+from gateway_process import Gateway
 
 from tests.lab.process import REPOSITORY, lab_environment
+from tests.lab.program import gateway_command
 from tests.lab.scripted_portal import wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.needs("namespaces", "tun", "ip", "nft", "setpriv")]
@@ -29,11 +30,11 @@ def place(gateway) -> Path:
     return Path(gateway.process.environment.get(VARIABLE, "/nowhere"))
 
 
-def operator(gateway, *words, prefix=(), command=SOURCE, text=True, **environment):
+def operator(gateway, *words, prefix=(), command=(), text=True, **environment):
     """Runs a command in the gateway's namespace; the variable names its socket unless the test says otherwise."""
     variables = lab_environment() | {VARIABLE: str(place(gateway))} | environment
     return subprocess.run(
-        [*gateway.namespace.prefix(), *prefix, *command, *words],
+        [*gateway.namespace.prefix(), *prefix, *(command or gateway_command()), *words],
         check=False,
         env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
         | {name: value for name, value in variables.items() if value is not None},
@@ -91,7 +92,7 @@ def test_status_tells_of_a_portal_that_is_gone(gateway, portal):
 def test_watch_refreshes_until_it_is_interrupted(gateway, words):
     """Lines for programs; for people a screen, seen here by a terminal."""
     ours, its = os.openpty()
-    command = [*gateway.namespace.prefix(), "env", "--default-signal=INT", *SOURCE, "status", *words]
+    command = [*gateway.namespace.prefix(), "env", "--default-signal=INT", *gateway_command(), "status", *words]
     environment = os.environ | lab_environment() | {VARIABLE: str(place(gateway)), "TERM": "xterm"}
     with subprocess.Popen(
         command, stdout=its, stderr=subprocess.PIPE, env=environment, start_new_session=True
@@ -140,7 +141,7 @@ def test_a_stranger_who_gets_past_the_file_mode_is_refused_by_the_gateway(gatewa
 
 
 def test_the_socket_of_a_gateway_that_died_is_replaced(gateway, portal, start):
-    gateway.process.send_signal(signal.SIGKILL)
+    os.kill(gateway.pid, signal.SIGKILL)
     gateway.ends()
     assert place(gateway).is_socket()
     successor = start(portal=portal)
@@ -243,7 +244,7 @@ def test_root_finds_the_gateway_of_an_ordinary_user_who_asks_it_without_more_wor
 @pytest.mark.parametrize("words", [["status"], ["status", "--json"], ["id", "--json"], ["bundle", "--output", "-"]])
 def test_output_that_nobody_takes_is_no_traceback(gateway, words):
     """A full disk is told in one line; a reader that left, as `head` does, in none."""
-    program = " ".join([*SOURCE, *words])
+    program = " ".join([*gateway_command(), *words])
     full = operator(gateway, *words, prefix=["sh", "-c", f"exec {program} > /dev/full", "--"])
     assert full.returncode == 1
     assert full.stderr == "firezone-gateway: the output cannot be written: No space left on device\n"
@@ -299,7 +300,7 @@ def test_connections_that_say_nothing_give_their_places_back(gateway):
 def test_only_a_first_argument_that_is_exactly_a_command_is_one(namespace, words, is_command):
     """Without a token's rights the gateway ends at the check for capabilities; a command at the missing socket."""
     done = subprocess.run(
-        [*namespace.prefix(), *NOBODY, *SOURCE, *words],
+        [*namespace.prefix(), *NOBODY, *gateway_command(), *words],
         check=False,
         env={"PATH": os.environ["PATH"], VARIABLE: "/nowhere/control.sock"} | lab_environment(),
         capture_output=True,
@@ -318,7 +319,11 @@ def test_each_command_has_help_of_its_own_and_refuses_what_it_does_not_know(name
     def run(*words):
         environment = {"PATH": os.environ["PATH"]} | lab_environment()
         return subprocess.run(
-            [*namespace.prefix(), *SOURCE, name, *words], check=False, env=environment, capture_output=True, text=True
+            [*namespace.prefix(), *gateway_command(), name, *words],
+            check=False,
+            env=environment,
+            capture_output=True,
+            text=True,
         )
 
     helped = run("--help")

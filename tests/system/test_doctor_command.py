@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 from doctor_process import control_of, doctor
-from gateway_process import SOURCE, TOKEN, inside
+from gateway_process import TOKEN, inside
 from test_host_network import DOCKER, FIREWALLD
 from test_portal_dialling import tls_server
 
 from tests.lab.certificates import Authority
 from tests.lab.connect_proxy import ConnectProxy
 from tests.lab.process import lab_environment
+from tests.lab.program import gateway_command
 from tests.lab.scenario import Lab
 from tests.lab.scripted_portal import ScriptedPortal
 
@@ -32,11 +33,11 @@ NAMES = [
 ]  # fmt: skip
 
 
-def run(namespace, *arguments, prefix=(), command=SOURCE, **environment):
+def run(namespace, *arguments, prefix=(), command=(), **environment):
     """A run that needs nobody in this process: status, standard output, standard error."""
     variables = {"PATH": os.environ["PATH"], "FIREZONE_CONTROL_SOCKET": "", **lab_environment(), **environment}
     done = subprocess.run(
-        [*namespace.prefix(), *prefix, *command, *arguments],
+        [*namespace.prefix(), *prefix, *(command or gateway_command()), *arguments],
         env=variables, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert "Traceback" not in done.stdout + done.stderr

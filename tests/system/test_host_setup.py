@@ -8,9 +8,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from gateway_process import SOURCE, TOKEN
+from gateway_process import TOKEN
 
 from tests.lab.process import lab_environment
+from tests.lab.program import gateway_command
 
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.needs("namespaces", "ip", "setpriv")]
 
@@ -45,7 +46,7 @@ class Host:
 
     def run(self, *arguments, before=(), prefix=()):
         done = subprocess.run(
-            [*self.namespace.prefix(), *prefix, *SOURCE, *before, "host-setup", *arguments],
+            [*self.namespace.prefix(), *prefix, *gateway_command(), *before, "host-setup", *arguments],
             env={"PATH": os.environ["PATH"], "FIREZONE_TOKEN": TOKEN, **lab_environment()},
             capture_output=True, text=True, timeout=30, check=False,
         )  # fmt: skip

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import shlex
 import signal
 import stat
 import struct
 import subprocess
-import sys
 import time
 
 import pytest
 
 from tests.lab.process import wait_until
+from tests.lab.program import gateway_command
 from tests.lab.scenario import Lab
 
 pytestmark = [
@@ -192,7 +193,7 @@ def test_capture_names_what_it_cannot_do_in_one_line(lab):
 def test_a_capture_goes_to_standard_output_and_ends_with_its_time(lab, tmp_path):
     (client,) = status(lab)["clients"]
     socket = lab.gateway.process.environment["FIREZONE_CONTROL_SOCKET"]
-    command = f"{sys.executable} -m fzg capture --client {client['id']} --seconds 0.5 --output - > {tmp_path}/x"
+    command = f"{shlex.join(gateway_command())} capture --client {client['id']} --seconds 0.5 --output - > {tmp_path}/x"
     done = lab.gateway.run("env", f"FIREZONE_CONTROL_SOCKET={socket}", "sh", "-c", command)
     packets_in((tmp_path / "x").read_bytes())
     assert "the time was over" in done.stderr

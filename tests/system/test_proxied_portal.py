@@ -6,7 +6,7 @@ import base64
 import logging
 
 import pytest
-from gateway_process import INIT, SOURCE, inside
+from gateway_process import INIT, inside
 from portal_world import Gateway, Impatient
 from test_frozen import ORDINARY_USER
 from test_portal_dialling import tls_client, tls_server
@@ -140,7 +140,7 @@ def test_the_whole_program_finds_its_proxy_and_its_authorities_in_the_environmen
 ):
     """Under a file capability the C library hides variables, and OpenSSL does not read SSL_CERT_FILE itself."""
     capability = program == "file capability"
-    command = [request.getfixturevalue("capable")] if capability else SOURCE
+    command = [request.getfixturevalue("capable")] if capability else ()
     if capability:
         request.getfixturevalue("open_node")
     certificate = request.getfixturevalue("shared_directory") / "ca.pem"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import urllib.request
 
 import pytest
 from gateway_process import inside
 
+from tests.lab.program import gateway_command
 from tests.lab.scripted_portal import Refusal, wait_until
 
 pytestmark = [pytest.mark.needs("root", "ip", "setpriv", "unshare", "tun"), pytest.mark.slow]
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.needs("root", "ip", "setpriv", "unshare", "tun"), pyte
 def ready_command(gateway):
     """Exit status and output of `firezone-gateway ready` beside the gateway."""
     done = subprocess.run(
-        [*gateway.namespace.prefix(), sys.executable, "-m", "fzg", "ready"],
+        [*gateway.namespace.prefix(), *gateway_command(), "ready"],
         capture_output=True,
         text=True,
         check=False,
