@@ -87,7 +87,7 @@ class Resolve:
 
 @dataclass(frozen=True, slots=True)
 class ConfigureUploads:
-    """`init` says where and how often flow logs are uploaded; None or an interval of 0: never."""
+    """`init` says where and how often flow logs are uploaded; None: never."""
 
     settings: messages.FlowLogs | None
 
@@ -380,12 +380,13 @@ class Gateway:
         """The order of portal 2.2; relays first, since everything else can wait for their round trip."""
         self._no_relays_pending = False
         self.node.update_relays((), [_relay(relay) for relay in init.relays], now)
-        is_uploading = init.flow_logs is not None and init.flow_logs.upload_interval_secs > 0
+        wanted = init.flow_logs
+        uploads = wanted if wanted is not None and wanted.upload_interval_secs > 0 else None
         if self.tunnel.flow_log.is_on:
             self._take_reports(now)
-        self.tunnel.flow_log.switch(on=is_uploading or self._flow_logs, now=now)
+        self.tunnel.flow_log.switch(on=uploads is not None or self._flow_logs, now=now)
         self._collect_records()  # before the settings by which they would not be kept
-        self._events.append(ConfigureUploads(init.flow_logs))
+        self._events.append(ConfigureUploads(uploads))
         interface = init.interface
         self.tunnel.set_gateway_addresses(interface.ipv4, interface.ipv6)
         if init.authorizations is not None:

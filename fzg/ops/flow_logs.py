@@ -71,9 +71,9 @@ class FlowLogs:
             self._is_counting = False
 
     def configure(self, settings: Settings | None) -> None:
-        """Take over the settings of an `init`; None or an interval of 0: nothing is uploaded (spec tunnel 10.5)."""
+        """Take over the settings of an `init`; None: nothing is uploaded (spec tunnel 10.5)."""
         config = None
-        if settings is not None and settings.upload_interval_secs > 0:
+        if settings is not None:
             batch_size = min(settings.upload_batch_size or DEFAULT_BATCH, LARGEST_BATCH)
             config = UploadConfig(
                 api_url=settings.api_url, interval=settings.upload_interval_secs, batch_size=batch_size

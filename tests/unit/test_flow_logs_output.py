@@ -50,12 +50,12 @@ def test_a_token_that_allows_no_uploads_leaves_no_files(output, root):
 
 
 @pytest.mark.spec("TUNNEL-96")
-def test_an_interval_of_zero_removes_the_settings_and_stops_the_spooling(output, root):
+def test_the_end_of_uploads_removes_the_settings_and_stops_the_spooling(output, root):
     output.configure(settings())
     output.keep(attribution())
     output.write(record())
     wait_until(lambda: len(files(root)) == 3)
-    output.configure(settings(interval=0))
+    output.configure(None)
     output.write(record(flow_start=1.0))
     wait_until(lambda: not (root / "upload.json").exists())
     output.close()
