@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fzg.ice.agent import AgentState, Nominated, Role, StateChanged
 from fzg.node.path import Path, path_of
+from fzg.node.relayed import ChannelShare
 from fzg.sansio import Deadline, EcnCodepoint, Transmit, earliest
 from fzg.turn.events import Use
 from fzg.wire import channel_data, ip, probe
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from fzg.dataplane.engine import Engine
     from fzg.ice.agent import Agent, Credentials, Timing
     from fzg.secret import Secret
-    from fzg.turn.events import LocalCandidate
+    from fzg.turn.events import LocalCandidate, Route
     from fzg.turn.relays import RelaySet
     from fzg.wire import stun
     from fzg.wire.candidate import Candidate
@@ -127,6 +128,7 @@ class Connection:
         self._active_timing = agent.timing
         self._idle_timing = idle_timing
         self._relays = relays
+        self._channels = ChannelShare()
         self._engine = engine
         # Lists: they are emptied after each input, and an empty deque holds 600 bytes.
         self._buffer: list[bytes] = []
@@ -183,8 +185,13 @@ class Connection:
             return
         self._candidate_deadline = None
         self.note_activity(now)
-        if candidate.kind is not Kind.HOST and self.relay_id is not None:
-            self._relays.bind_channel(self.relay_id, candidate.address, now)
+        if candidate.kind is not Kind.HOST:
+            self.bind_channel(candidate.address, now)
+
+    def bind_channel(self, peer: Endpoint, now: float) -> None:
+        """Have a channel to an address of the client on the selected relay."""
+        if self.relay_id is not None and self._channels.admits(peer, now):
+            self._relays.bind_channel(self.relay_id, peer, now)
 
     def remove_remote_candidate(self, candidate: Candidate, now: float) -> None:
         """The client withdrew a candidate."""
@@ -379,9 +386,7 @@ class Connection:
         if not path.relayed:
             self._engine.set_path(self.handle, path.source.ip, path.destination, None)
             return
-        route = None
-        if self.relay_id is not None:
-            route = self._relays.route(self.relay_id, path.destination, now, use=Use.LOOKUP)
+        route = self._route(path.destination, now, Use.LOOKUP)
         if route is None:
             self._engine.clear_path(self.handle)
         else:
@@ -406,13 +411,16 @@ class Connection:
         peer: int | None = None,
     ) -> bool:
         """Without a channel the datagram is lost and a bind starts (4.2), so the sender's next try works."""
-        if self.relay_id is None:
-            return False
-        route = self._relays.route(self.relay_id, destination, now, use=use)
+        route = self._route(destination, now, use)
         if route is None:
             return False
         self._out.append(Transmit(route.relay, channel_data.encode(route.channel, datagram), None, ecn, peer))
         return True
+
+    def _route(self, destination: Endpoint, now: float, use: Use) -> Route | None:
+        if self.relay_id is None or not self._channels.admits(destination, now):
+            return None
+        return self._relays.route(self.relay_id, destination, now, use=use)
 
     def _fail(self, failure: Failure) -> None:
         self.state = ConnectionState.FAILED

@@ -635,7 +635,7 @@ class Node:
             self._offer(connection, local, now)
         for remote in connection.agent.remote_candidates():
             if remote.kind is not Kind.HOST:
-                self.relays.bind_channel(relay_id, remote.address, now)
+                connection.bind_channel(remote.address, now)
         self._relayed.track(connection, connection.path)
         connection.relay_route_changed(now)
 

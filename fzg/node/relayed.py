@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fzg.sansio import Deadline
+from fzg.turn.channels import COOL_DOWN_END
 
 if TYPE_CHECKING:
     from fzg.dataplane.engine import Engine
@@ -16,8 +17,31 @@ if TYPE_CHECKING:
 
 LOOK_INTERVAL = 5.0  # s between looks at what the engine carried over channels; a channel's refresh is due at 240 s
 
+# Of the 4096 channel numbers that all clients share: twice the candidates that one may have at a time (D10).
+MAX_CHANNELS = 128
+
 Channel = tuple[str, "Endpoint"]
 """The relay's id, and the peer at the channel's far end."""
+
+
+class ChannelShare:
+    """The addresses for which one client made us bind channels, each as long as the relay may hold its number."""
+
+    __slots__ = ("_used_at",)
+
+    def __init__(self) -> None:
+        self._used_at: dict[Endpoint, float] = {}  # latest last
+
+    def admits(self, peer: Endpoint, now: float) -> bool:
+        """Whether to bind `peer`: a client that names addresses without end must leave numbers to the others."""
+        used_at = self._used_at
+        if used_at.pop(peer, None) is None and len(used_at) >= MAX_CHANNELS:
+            oldest = next(iter(used_at))
+            if now < used_at[oldest] + COOL_DOWN_END:
+                return False
+            del used_at[oldest]
+        used_at[peer] = now
+        return True
 
 
 class RelayedPaths:

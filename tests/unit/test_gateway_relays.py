@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fzg.node.path import PathKind
+from fzg.node.relayed import MAX_CHANNELS, ChannelShare
 from fzg.portal import messages
 from fzg.wire.endpoint import Endpoint
 from tests.unit.gateway_world import (
@@ -68,6 +69,37 @@ def test_a_candidate_that_is_no_host_is_bound_on_the_selected_relay_at_once(kind
     w.net.run(5.0)
     assert gateway_binds(w, serving(w)) == [PEER]
     assert [relay.binds for relay in w.relays if relay is not serving(w)] == [[]]
+
+
+def test_a_client_that_names_addresses_without_end_leaves_channels_to_others():
+    """A relay has 4096 numbers for all clients, and keeps each for 15 minutes."""
+    w = authorized()
+    other = w.add_client()
+    w.candidates(line("host", port=1))
+    for number in range(1000):
+        text = line("srflx", f"192.0.2.{number % 250}", 1000 + number)
+        w.candidates(text)
+        w.candidates(text, added=False)
+        w.net.run(0.01)
+    channels = w.gateway.node.relays.status()[0].channels + w.gateway.node.relays.status()[1].channels
+    assert channels == MAX_CHANNELS
+    w.authorize(other)
+    w.candidates(line("srflx", port=7).replace("abc1", "abc2"), client=other)
+    w.net.run(SETTLED)
+    assert any(Endpoint.of("192.0.2.77", 7) in gateway_binds(w, relay) for relay in w.relays)
+    w.candidates(line("srflx", port=9))
+    w.net.run(SETTLED)
+    assert not any(Endpoint.of("192.0.2.77", 9) in gateway_binds(w, relay) for relay in w.relays)
+
+
+def test_an_address_leaves_a_clients_share_when_the_relay_may_give_its_number_to_others():
+    share = ChannelShare()
+    addresses = [Endpoint.of("192.0.2.77", port) for port in range(MAX_CHANNELS + 2)]
+    assert all(share.admits(address, 0.0) for address in addresses[:MAX_CHANNELS])
+    assert share.admits(addresses[0], 500.0)
+    assert not share.admits(addresses[-1], 899.9)
+    assert share.admits(addresses[-1], 900.0)
+    assert share.admits(addresses[0], 900.0)
 
 
 @pytest.mark.spec("CONN-65", "TURN-36")
