@@ -290,6 +290,14 @@ def test_without_checksums_there_is_no_release(tmp_path):
     assert "no checksum" in make_installer(tmp_path, "c" * 63).stderr
 
 
+def test_sums_that_are_not_there_are_one_line(tmp_path):
+    script = REPOSITORY / "packaging" / "make-installer"
+    command = [sys.executable, script, "1.6.1", BASE_URL, tmp_path / "absent"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == f"{tmp_path}/absent: No such file or directory; build the program first: make binary\n"
+
+
 @pytest.mark.needs("shellcheck")
 def test_the_scripts_are_free_of_what_shellcheck_knows(script, tmp_path):
     (tmp_path / "install.sh").write_text(script)
