@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from tests.lab import derivations
-from tests.lab.control import Control, ControlError
+from tests.lab.control import Control
 from tests.lab.namespaces import Attachment, Namespace, Nat, Network
 from tests.lab.portal_client import TOKEN, PortalProcess
 from tests.lab.process import Process, lab_command, lab_environment, wait_until
@@ -496,10 +496,6 @@ class Lab:
         """Unplug a party from the internet, or plug it in again."""
         self.network.cut(self.places[name], cut=cut)
 
-    def forget_paths(self) -> None:
-        """Let all routers forget the paths between peers, as the next measurement wants it; relays and portal stay."""
-        self.network.flush_conntrack()
-
     def warnings(self) -> list[str]:
         """Lines at WARN or ERROR of gateway and clients, without the known exceptions (spec operations.md 5.4)."""
         found = []
@@ -555,10 +551,3 @@ def run_until_interrupted(lab: Lab) -> None:
 
 def _add(address: str, interface: str) -> str:
     return f"address add {address} dev {interface}" + (" nodad" if ":" in address else "")
-
-
-def _quietly(question: Any) -> Any:
-    try:
-        return question()
-    except ControlError:
-        return None
