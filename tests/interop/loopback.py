@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -19,12 +20,13 @@ import tempfile
 import time
 from collections import deque
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple, Protocol, Self
 
 from tests.lab.portal_client import TOKEN, PortalProcess
 from tests.lab.process import lab_environment
 from tests.lab.relay_client import RelayProcess
 from tests.lab.secrets import WATCH
+from tests.unit.tunnel_world import echo, udp
 
 GATEWAY_RELAY, CLIENT_RELAY = "127.0.0.2", "127.0.0.3"
 CLIENT4, CLIENT6 = "127.0.0.4", "::1"
@@ -36,6 +38,19 @@ PATIENCE_S = 20.0
 
 _VNET_HEADER = struct.Struct("=BBHHHH")  # <linux/virtio_net.h>: flags, gso_type, hdr_len, gso_size, start, offset
 _GSO_NONE, _GSO_UDP_L4 = 0, 5
+_marks = itertools.count()  # no two exchanges look alike
+
+
+class Device(Protocol):
+    """A client of foreign parts, as its inner packets see it."""
+
+    ipv4: str
+
+    def send(self, packet: bytes) -> None:
+        """Into its tunnel."""
+
+    async def receive(self, wanted: bytes) -> None:
+        """Wait for this packet from its tunnel."""
 
 
 class Tun:
@@ -225,3 +240,18 @@ def _free_port(address: str) -> int:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.bind((address, 0))
         return int(probe.getsockname()[1])
+
+
+async def exchange(device: Device, tun: Tun, *, size: int = 100) -> None:
+    """An echo and its reply, then a datagram that the server sends unasked, `size` bytes each."""
+    payload = f"{next(_marks):08}".encode().ljust(size - 28, b"-")
+    request = echo(device.ipv4, SERVER4, 7, payload=payload)
+    device.send(request)
+    await tun.expect(request)
+    reply = echo(SERVER4, device.ipv4, 7, reply=True, payload=payload)
+    tun.send(reply)
+    await device.receive(reply)
+    unasked = udp(SERVER4, device.ipv4, 53, 4000, payload)
+    assert len(unasked) == size
+    tun.send(unasked)
+    await device.receive(unasked)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
 import select
 import socket
@@ -16,11 +15,10 @@ from fzg.secret import Secret
 from fzg.turn import NoRelays, Relay, RelaySet, Unwrapped
 from fzg.wire import channel_data, stun
 from fzg.wire.endpoint import Endpoint
-from tests.interop.loopback import SERVER4, Tun, World
+from tests.interop.loopback import World, exchange
 from tests.interop.pion.program import PionTurn, build
 from tests.interop.pion_device import PionDevice, PionWorld
 from tests.interop.wireguard_go.program import build as build_wireguard_go
-from tests.unit.tunnel_world import echo, udp
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -30,7 +28,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.needs("go", "setpriv"), pytest.mark.
 
 ALLOCATE, REFRESH, CHANNEL_BIND = 3, 4, 9
 SUCCESS = 2
-_marks = itertools.count()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -234,20 +231,6 @@ def test_shutting_down_frees_the_allocation(gateway: Gateway) -> None:
 def world() -> Iterator[PionWorld]:
     with PionWorld() as world:
         yield world
-
-
-async def exchange(device: PionDevice, tun: Tun, *, size: int = 100) -> None:
-    """An echo and its reply, then a datagram that the server sends unasked, `size` bytes each."""
-    payload = f"{next(_marks):08}".encode().ljust(size - 28, b"-")
-    request = echo(device.ipv4, SERVER4, 7, payload=payload)
-    device.send(request)
-    await tun.expect(request)
-    reply = echo(SERVER4, device.ipv4, 7, reply=True, payload=payload)
-    tun.send(reply)
-    await device.receive(reply)
-    unasked = udp(SERVER4, device.ipv4, 53, 4000, payload)
-    tun.send(unasked)
-    await device.receive(unasked)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.interop.loopback import PATIENCE_S, SERVER4, SERVER6, Tun, World
+from tests.interop.loopback import PATIENCE_S, SERVER4, SERVER6, Tun, World, exchange
 from tests.interop.rust_client.program import build
 from tests.interop.rust_device import RustDevice
 from tests.unit.tunnel_world import control, echo, udp
@@ -33,21 +33,6 @@ def world() -> Iterator[World]:
     build()
     with World(client_relay="relay") as world:
         yield world
-
-
-async def exchange(device: RustDevice, tun: Tun, *, size: int = 100) -> None:
-    """An echo and its reply, then a datagram that the server sends unasked, `size` bytes each."""
-    payload = f"{next(_marks):08}".encode().ljust(size - 28, b"-")
-    request = echo(device.ipv4, SERVER4, 7, payload=payload)
-    device.send(request)
-    await tun.expect(request)
-    reply = echo(SERVER4, device.ipv4, 7, reply=True, payload=payload)
-    tun.send(reply)
-    await device.receive(reply)
-    unasked = udp(SERVER4, device.ipv4, 53, 4000, payload)
-    assert len(unasked) == size
-    tun.send(unasked)
-    await device.receive(unasked)
 
 
 async def path_of(world: World, device: RustDevice, kind: str, *, timeout: float = PATIENCE_S) -> None:

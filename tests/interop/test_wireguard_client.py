@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.interop.foreign_client import Device
-from tests.interop.loopback import PATIENCE_S, SERVER4, SERVER6, Tun, World
+from tests.interop.loopback import PATIENCE_S, SERVER4, SERVER6, World, exchange
 from tests.unit.tunnel_world import control, echo, udp
 
 if TYPE_CHECKING:
@@ -21,7 +20,6 @@ GOODBYE = control(2)
 INITIATION, RESPONSE, DATA = 1, 2, 4
 # wireguard-go rounds the time in its initiations to 2^24 ns, and a responder ignores one that is not later.
 TIMESTAMP_S = 0.02
-_marks = itertools.count()
 
 
 @pytest.fixture(scope="module")
@@ -36,21 +34,6 @@ def coturn_world() -> Iterator[World]:
     """The gateway at coturn, the client at the test relay."""
     with World(gateway_relay="coturn", client_relay="relay") as world:
         yield world
-
-
-async def exchange(device: Device, tun: Tun, *, size: int = 100) -> None:
-    """An echo and its reply, then a datagram that the server sends unasked, `size` bytes each."""
-    payload = f"{next(_marks):08}".encode().ljust(size - 28, b"-")
-    request = echo(device.ipv4, SERVER4, 7, payload=payload)
-    device.send(request)
-    await tun.expect(request)
-    reply = echo(SERVER4, device.ipv4, 7, reply=True, payload=payload)
-    tun.send(reply)
-    await device.receive(reply)
-    unasked = udp(SERVER4, device.ipv4, 53, 4000, payload)
-    assert len(unasked) == size
-    tun.send(unasked)
-    await device.receive(unasked)
 
 
 def overhear(device: Device) -> list[bytes]:
