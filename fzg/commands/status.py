@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from fzg.commands.connection import ask, first_of, printable
+from fzg.commands.connection import NoGatewayError, RefusedError, ask, first_of, printable
 from fzg.node.path import PathKind
 from fzg.ops import drops
 from fzg.settings import SettingError, parse_duration
@@ -100,15 +100,25 @@ def _watch(seconds: float) -> None:
     from rich.live import Live
 
     console = _console()
+    first = render(fetch())
     if not console.is_terminal:  # a file or a pipe: one after the other
+        console.print(first, "", sep="\n")
         while True:
-            console.print(render(fetch()), "")
             sys.stdout.flush()
             time.sleep(seconds)
-    with Live(render(fetch()), console=console, auto_refresh=False, screen=True) as live:
+            console.print(_anew(), "", sep="\n")
+    with Live(first, console=console, auto_refresh=False, screen=True) as live:
         while True:
             time.sleep(seconds)
-            live.update(render(fetch()), refresh=True)
+            live.update(_anew(), refresh=True)
+
+
+def _anew() -> RenderableType:
+    """Who watches an upgrade sees the gateway go and come again."""
+    try:
+        return render(fetch())
+    except (NoGatewayError, RefusedError) as error:
+        return f"[red]{_plain(error.message)}[/]"
 
 
 # -- for people

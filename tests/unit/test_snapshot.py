@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import gevent
 import pytest
 
+from fzg.commands import status
+from fzg.commands.connection import NoGatewayError
 from fzg.commands.status import amount, duration, packets, render
 from fzg.node.path import PathKind
 from fzg.ops import snapshot
@@ -211,6 +213,33 @@ def test_one_sentence_says_why_for_all_clients_of_whom_it_is_true():
         "00000000, 00000001, 00000002, 00000003, 00000004 and 4 more are relayed because the client offered no" in text
     )
     assert "Clients  9: 9 relayed" in text
+
+
+def test_who_watches_into_a_file_sees_each_refresh_also_that_the_gateway_went_and_came(monkeypatch, capsys):
+    shown = crowded()
+    answers = [shown, NoGatewayError("no gateway is running here [x]"), shown, KeyboardInterrupt()]
+
+    def fetch():
+        answer = answers.pop(0)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(status, "fetch", fetch)
+    monkeypatch.setattr(status.time, "sleep", lambda seconds: None)
+    status.command.main(["--watch", "1"], standalone_mode=False)
+    printed = capsys.readouterr().out
+    first, second = printed.split("no gateway is running here [x]\n\n")
+    assert first.count("Gateway  1.6.1") == second.count("Gateway  1.6.1") == 1
+
+
+def test_without_a_gateway_nothing_is_watched(monkeypatch):
+    def fetch():
+        raise NoGatewayError("no gateway is running here")
+
+    monkeypatch.setattr(status, "fetch", fetch)
+    with pytest.raises(NoGatewayError):
+        status.command.main(["--watch", "1"], standalone_mode=False)
 
 
 def test_numbers_of_packets_are_short():
