@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import gevent
 from gevent.event import AsyncResult, Event
+from gevent.lock import BoundedSemaphore
 from gevent.pool import Pool
 from gevent.threadpool import ThreadPool
 
@@ -83,6 +84,8 @@ class App:
         self._host_thread = ThreadPool(1)
         self._resolutions = Pool(MAX_RESOLUTIONS)  # the tunnel asks for no more, so the pool never blocks
         self._tun_configured = settings.tun_fd is not None
+        self._host_wanted: ConfigureHost | None = None
+        self._host_turn = BoundedSemaphore()
         self._armed_at = float("inf")
         self._network: HostNetwork | None = None
         self._draining: Drain | None = None
@@ -398,6 +401,7 @@ class App:
                 case Resolve(request=request, domain=domain):
                     self._resolutions.spawn(self._resolve, request, domain)
                 case ConfigureHost():
+                    self._host_wanted = event
                     gevent.spawn(self._configure_host, event)
                 case ConfigureUploads(settings=settings):
                     self._flow_logs.configure(settings)
@@ -426,16 +430,19 @@ class App:
     def _configure_host(self, wanted: ConfigureHost) -> None:
         if self._network is None:
             return
-        try:
-            configured = self._host_thread.apply(self._network.configure, (wanted.ipv4, wanted.ipv6))
-            self._say(configured)
-            served = ((wanted.ipv4, configured.ipv4), (wanted.ipv6, configured.ipv6))
-            self._dns_server.bind([address for address, works in served if works])
-            families = ((PEER_V4, configured.ipv4), (PEER_V6, configured.ipv6))
-            _LOG.info("New routes set", extra={"new_routes": [str(route) for route, works in families if works]})
-        except (HostError, OSError) as error:
-            self._fail(FatalError(f"the TUN device cannot be configured: {logs.chain(error)}"))
-            return
+        with self._host_turn:  # addresses that change while the DNS server takes them up could not be listened on
+            if wanted is not self._host_wanted:
+                return  # a later `init` names others
+            try:
+                configured = self._host_thread.apply(self._network.configure, (wanted.ipv4, wanted.ipv6))
+                self._say(configured)
+                served = ((wanted.ipv4, configured.ipv4), (wanted.ipv6, configured.ipv6))
+                self._dns_server.bind([address for address, works in served if works])
+                families = ((PEER_V4, configured.ipv4), (PEER_V6, configured.ipv6))
+                _LOG.info("New routes set", extra={"new_routes": [str(route) for route, works in families if works]})
+            except (HostError, OSError) as error:
+                self._fail(FatalError(f"the TUN device cannot be configured: {logs.chain(error)}"))
+                return
         self._tun_configured = True
 
     def _list_addresses(self) -> None:
