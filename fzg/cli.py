@@ -66,6 +66,8 @@ class _OnceOption(click.Option):
 
     def value_from_envvar(self, ctx: click.Context) -> Any:
         value = self.resolve_envvar_value(ctx)
+        if value is None and self.name == "api_url":
+            value = os.environ.get("FIREZONE_API_URL")  # empty: the token is not for the default portal
         if value is None or not self.is_flag:
             return value
         try:

@@ -37,6 +37,8 @@ class PortalUrl:
     @classmethod
     def parse(cls, text: str) -> PortalUrl:
         """Raises InvalidUrl for a scheme other than http, https, ws, wss, and for a URL without host."""
+        if not text.strip():
+            raise InvalidUrl("the portal URL is empty; unset FIREZONE_API_URL for the default, or write wss://host")
         try:
             parts = urlsplit(text.strip())
             host, port = parts.hostname, parts.port

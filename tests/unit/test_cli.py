@@ -162,6 +162,11 @@ def test_the_token_comes_from_the_argument_then_the_variable_then_the_credential
     assert run("first", **sources).settings.token.reveal() == "first"
 
 
+def test_an_empty_portal_url_is_not_the_default_one_to_which_the_token_would_go(run):
+    assert run(TOKEN, FIREZONE_API_URL="").settings.api_url == ""
+    assert run("-u", "wss://portal.example", TOKEN, FIREZONE_API_URL="").settings.api_url == "wss://portal.example"
+
+
 @pytest.mark.spec("OPS-6")
 @pytest.mark.parametrize("variable", [name for name in VARIABLES if "TOKEN" not in name])
 def test_an_empty_variable_counts_as_unset(run, variable):

@@ -67,6 +67,12 @@ def test_any_other_scheme_or_a_missing_host_is_an_error(base):
         PortalUrl.parse(base)
 
 
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_an_empty_url_is_called_empty(text):
+    with pytest.raises(InvalidUrl, match="the portal URL is empty"):
+        PortalUrl.parse(text)
+
+
 def test_the_error_names_the_scheme():
     with pytest.raises(InvalidUrl, match="'ftp'"):
         PortalUrl.parse("ftp://h")
