@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import socket as stdlib_socket
 import time
 from ipaddress import ip_address
@@ -121,6 +122,10 @@ class World:
                 return None
         assert sender == (host, self._port), "an answer comes from where the query went"
         return answer
+
+    @property
+    def address(self):
+        return HERE, self._port
 
     def connect(self, host=HERE):
         return socket.create_connection((host, self._port))
@@ -312,6 +317,23 @@ def test_queries_above_the_limit_get_no_answer(world, monkeypatch):
     assert world.server.dropped["too many in flight"] == 1
     assert all(each.get() is not None for each in waiting)
     assert world.udp(query().to_wire()) is not None
+
+
+def test_queries_that_come_all_at_once_are_all_answered(world):
+    world.write()  # nobody to ask, so that each is answered at once
+    clients = []
+    with contextlib.ExitStack() as stack:
+        for host in ("127.0.0.31", "127.0.0.32"):
+            client = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+            client.bind((host, 0))
+            client.settimeout(1.0)
+            clients.append(client)
+        for client in clients:
+            for _ in range(250):  # half of what may be in flight; the server does not run meanwhile
+                client.sendto(query().to_wire(), world.address)
+        for client in clients:
+            for _ in range(250):
+                assert dns.message.from_wire(client.recv(4096)).rcode() == dns.rcode.SERVFAIL
 
 
 def test_one_client_cannot_use_up_what_all_share():
