@@ -376,12 +376,20 @@ def _settings(options: Mapping[str, Any], environment: Mapping[str, str]) -> Set
         flow_logs=options["flow_logs"],
         validate_checksums=options["validate_checksums"],
         increase_buffers=not options["no_inc_buf"],
-        udp_send_buffer=s.parse_size(environment.get("FIREZONE_UDP_SEND_BUFFER_SIZE")),
-        udp_receive_buffer=s.parse_size(environment.get("FIREZONE_UDP_RECV_BUFFER_SIZE")),
+        udp_send_buffer=_buffer_size(environment, "FIREZONE_UDP_SEND_BUFFER_SIZE"),
+        udp_receive_buffer=_buffer_size(environment, "FIREZONE_UDP_RECV_BUFFER_SIZE"),
         offloads=options["offloads"],
         metrics=options["metrics"] == MetricsExporter.PROMETHEUS,
         tun_fd=options["tun_fd"],
     )
+
+
+def _buffer_size(environment: Mapping[str, str], variable: str) -> int | None:
+    text = environment.get(variable)
+    size = s.parse_size(text)
+    if text and size is None:
+        _LOG.debug("What is no number of bytes is ignored", extra={"variable": variable, "value": text})
+    return size
 
 
 def _refuse_what_is_no_text(options: Mapping[str, Any]) -> None:

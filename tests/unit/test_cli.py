@@ -359,6 +359,14 @@ def test_buffer_sizes_come_from_the_environment_and_nonsense_is_ignored(run):
     assert (settings.udp_send_buffer, settings.udp_receive_buffer) == (65_536, None)
 
 
+def test_a_buffer_size_that_is_ignored_is_told_at_debug(run):
+    said = run(TOKEN, RUST_LOG="debug", FIREZONE_UDP_SEND_BUFFER_SIZE="2 MiB", FIREZONE_UDP_RECV_BUFFER_SIZE="1").out
+    (line,) = [line for line in said.splitlines() if "is ignored" in line]
+    assert "DEBUG" in line
+    assert "variable=FIREZONE_UDP_SEND_BUFFER_SIZE" in line
+    assert 'value="2 MiB"' in line
+
+
 def test_offloads_can_be_switched_off(run):
     settings = run(TOKEN, FIREZONE_NO_UDP_GSO="1", FIREZONE_NO_UDP_GRO="yes", FIREZONE_NO_TUN_OFFLOAD="on").settings
     assert (settings.offloads.udp_gso, settings.offloads.udp_gro, settings.offloads.tun) == (False, False, False)
