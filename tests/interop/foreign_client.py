@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import socket
-import uuid
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import aioice
 import aioice.ice
-from nacl.public import PrivateKey
-from websockets.exceptions import ConnectionClosed
 
 from tests.interop.loopback import CLIENT4, CLIENT6, PATIENCE_S, World
+from tests.interop.portal_device import PortalDevice
 from tests.interop.wireguard_go.program import WireguardGo
-from tests.lab.phoenix import PhoenixSocket
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
+
+    from nacl.public import PrivateKey
 
 ALL_KINDS = frozenset({"host", "srflx", "relay"})
 
@@ -38,8 +36,8 @@ class Firewalled(aioice.ice.StunProtocol):
             super().datagram_received(data, addr)
 
 
-class IceClient:
-    """A device at the portal with an aioice agent that controls. An async context manager."""
+class IceClient(PortalDevice):
+    """A device at the portal with an aioice agent that controls."""
 
     def __init__(
         self,
@@ -53,68 +51,40 @@ class IceClient:
         controlling: bool = True,
     ) -> None:
         """`relayed`: by an allocation at the client's relay alone; `remote_kinds`: the only ways to the gateway."""
-        self.world = world
-        self.key = key or PrivateKey.generate()
-        self.external_id = external_id or str(uuid.uuid4())
-        self.init: dict[str, Any] = {}
-        self.authorization: dict[str, Any] = {}
-        self.told: list[str] = []  # candidate lines of the gateway, as they came
+        super().__init__(world, external_id=external_id, key=key)
         self.ice: aioice.Connection
         self._relayed, self._ipv6 = relayed, ipv6
         self._remote_kinds = frozenset(remote_kinds)
         self._controlling = controlling
-        self._events: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
         self.has_candidates = asyncio.Event()
-        self._stack = contextlib.AsyncExitStack()
 
-    async def __aenter__(self) -> Self:
-        try:
-            async with asyncio.timeout(PATIENCE_S):
-                await self._join()
-        except BaseException:
-            await self._stack.aclose()
-            raise
-        return self
+    async def open(self) -> None:
+        """Nothing: the agent needs the credentials of an authorization."""
 
-    async def __aexit__(self, *_: object) -> None:
-        await self._stack.aclose()
+    async def begin(self) -> None:
+        """Make the ICE agent of this authorization."""
+        self._make_agent()
 
-    @property
-    def ipv4(self) -> str:
-        """Its address in the tunnel."""
-        return str(self.init["interface"]["ipv4"])
+    async def hear(self, lines: list[str]) -> None:
+        """Check these, unless they are of a kind that is blocked."""
+        for line in lines:
+            assert line.startswith("candidate:")
+            candidate = aioice.Candidate.from_sdp(line.removeprefix("candidate:"))
+            if candidate.type not in self._remote_kinds:
+                self.ice.blocked.add((candidate.host, candidate.port))
+                continue
+            await self.ice.add_remote_candidate(candidate)
+            self.has_candidates.set()
 
-    @property
-    def ipv6(self) -> str:
-        """Its IPv6 address in the tunnel."""
-        return str(self.init["interface"]["ipv6"])
-
-    @property
-    def id(self) -> str:
-        """Its id at the portal."""
-        return next(
-            key
-            for key, client in self.world.portal.state()["clients"].items()
-            if client["external_id"] == self.external_id
-        )
-
-    async def authorize(self, resource: str) -> dict[str, Any]:
-        """Ask for access and wait for the gateway's word; makes the ICE agent when the credentials are new."""
-        self._portal.send("request_authorization", {"resource_id": resource, "connected_gateway_ids": []})
-        answer: dict[str, Any] = await self.expect("authorization_created")
-        known, self.authorization = self.authorization, answer
-        if known.get("client_ice_credentials") != answer["client_ice_credentials"]:
-            self._make_agent()
-        return answer
+    async def unhear(self, lines: list[str]) -> None:
+        """Nothing: aioice cannot take candidates back."""
 
     async def gather(self) -> None:
         """Find our candidates and tell them to the gateway, in one message."""
         await self.gather_without_telling()
         lines = [f"candidate:{candidate.to_sdp()}" for candidate in self.ice.local_candidates]
         assert lines
-        self._portal.send(
-            "new_gateway_ice_candidates", {"gateway_id": self.authorization["gateway_id"], "candidates": lines}
-        )
+        self.tell(lines)
 
     async def gather_without_telling(self) -> None:
         """Find our candidates."""
@@ -137,62 +107,6 @@ class IceClient:
         """The kinds of the nominated pair: ours, the gateway's."""
         nominated = self.ice._nominated[1]
         return nominated.local_candidate.type, nominated.remote_candidate.type
-
-    async def expect(self, wanted: str, *, timeout: float = PATIENCE_S) -> Any:
-        """The payload of the next message of this name."""
-        async with asyncio.timeout(timeout):
-            while True:
-                event, payload = await self._events.get()
-                if event == wanted:
-                    return payload
-                assert event != "authorization_creation_failed", payload
-
-    def say(self, event: str, payload: Any) -> None:
-        """A message to the portal."""
-        self._portal.send(event, payload)
-
-    async def _join(self) -> None:
-        query = {
-            "external_id": self.external_id,
-            "name": "foreign",
-            "public_key": base64.b64encode(bytes(self.key.public_key)).decode(),
-        }
-        self._portal = await asyncio.to_thread(PhoenixSocket, self.world.portal.url, "client", query)
-        self._stack.push_async_callback(asyncio.to_thread, self._portal.close)
-        self._portal.send("phx_join")
-        reader = asyncio.create_task(self._read_portal())
-        self._stack.push_async_callback(self._stop, reader)
-        self.init = await self.expect("init")
-
-    @staticmethod
-    async def _stop(task: asyncio.Task[None]) -> None:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError, ConnectionError):
-            await task
-
-    async def _read_portal(self) -> None:
-        while True:
-            try:
-                frame = await asyncio.to_thread(self._portal.receive, None)
-            except ConnectionClosed:
-                return
-            assert frame is not None
-            if frame["event"] == "ice_candidates":
-                await self.hear(frame["payload"]["candidates"])
-            else:
-                self._events.put_nowait((frame["event"], frame["payload"]))
-
-    async def hear(self, lines: list[str]) -> None:
-        """Candidate lines of the gateway."""
-        self.told += lines
-        for line in lines:
-            assert line.startswith("candidate:")
-            candidate = aioice.Candidate.from_sdp(line.removeprefix("candidate:"))
-            if candidate.type not in self._remote_kinds:
-                self.ice.blocked.add((candidate.host, candidate.port))
-                continue
-            await self.ice.add_remote_candidate(candidate)
-            self.has_candidates.set()
 
     def _make_agent(self) -> None:
         mine = self.authorization["client_ice_credentials"]
@@ -254,9 +168,7 @@ class Device(IceClient):
         """Connect wireguard-go to the nominated pair."""
         for task in self._carriers:
             task.cancel()
-        self._carriers = [asyncio.create_task(carry()) for carry in (self._carry_up, self._carry_down)]
-        for task in self._carriers:
-            self._stack.push_async_callback(self._stop, task)
+        self._carriers = [self._in_background(carry()) for carry in (self._carry_up, self._carry_down)]
 
     async def move(self) -> None:
         """Vanish, then come back from other ports with everything else as before."""

@@ -105,6 +105,7 @@ class PortalDevice(ABC):
                 event, payload = await self._messages.get()
                 if event == wanted:
                     return payload
+                assert event != "authorization_creation_failed", payload
 
     # -- inside
 
@@ -123,15 +124,17 @@ class PortalDevice(ABC):
         self._in_background(self._read_portal())
         self.init = await self.expect("init")
 
-    def _in_background(self, work: Any) -> None:
+    def _in_background(self, work: Any) -> asyncio.Task[None]:
+        """Until we leave, or it is cancelled."""
         task = asyncio.create_task(work)
 
         async def stop() -> None:
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
+            with contextlib.suppress(asyncio.CancelledError, ConnectionError):
                 await task
 
         self._stack.push_async_callback(stop)
+        return task
 
     async def _read_portal(self) -> None:
         while True:
