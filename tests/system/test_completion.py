@@ -82,6 +82,20 @@ def test_behind_a_command_bash_offers_its_options(complete):
     assert complete("firezone-gateway status ") == []
 
 
+def test_who_may_not_execute_the_program_is_offered_its_commands_and_sees_no_error(tmp_path):
+    (tmp_path / "script").write_text(generated(GENERATORS / "completion" / "generate.py", "bash"))
+    (tmp_path / "firezone-gateway").write_text("#!/bin/sh\n")
+    (tmp_path / "firezone-gateway").chmod(0o600)
+    for word, number, offered in (("", 1, sorted(COMMANDS)), ("do", 1, ["doctor"]), ("--", 2, [])):
+        before = "status " * (number - 1)
+        source = (
+            f"source {tmp_path}/script; COMP_WORDS=(firezone-gateway {before}{word!r}) COMP_CWORD={number}\n"
+            f'_firezone_gateway_completion {tmp_path}/firezone-gateway; printf "%s\\n" "${{COMPREPLY[@]}}"'
+        )
+        done = subprocess.run(["bash", "--norc", "-c", source], capture_output=True, text=True, check=False)
+        assert (sorted(done.stdout.split()), done.stderr) == (offered, "")
+
+
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
 def test_the_scripts_of_other_shells_ask_the_program_in_the_same_way(shell):
     script = generated(GENERATORS / "completion" / "generate.py", shell)
