@@ -120,7 +120,9 @@ class Allocation:
         self._last_received = -inf
         self._last_binding = now
         self._last_probe = -inf
-        self._doubted: list[Endpoint] = []  # refused with 400, which may mean that the allocation is gone
+        self._doubted: list[
+            Endpoint
+        ] = []  # refused with 400 or not answered, which may mean that the allocation is gone
         self._warned_full_at = -inf
         self._begin_probing(now)
 
@@ -637,6 +639,7 @@ class Allocation:
                 self._channels.retire(channel, now)
                 self._announce(channel, usable=False)
                 self._refusals.add(channel.peer, now + REFUSAL_SHORT)
+                self._doubted = [*self._doubted, channel.peer][-BUFFERED_PEERS:]
             self._probe_refresh(now)
         elif alive and purpose in (Purpose.REFRESH, Purpose.DELETE):
             self._invalidate(now, rebind=True)

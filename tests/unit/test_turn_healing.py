@@ -136,6 +136,7 @@ def test_relay_that_is_silent_about_a_lost_allocation_is_asked_for_another(metho
     network.run(1)
     assert state(network) == "active"
     assert network.all(NoRelays) == []
+    assert list(relay.channels.values()) == ([] if method == REFRESH else [peer(1)])
 
 
 def test_silent_relay_is_removed_as_soon_as_ever_although_a_binding_asks_whether_it_lives() -> None:
