@@ -214,9 +214,11 @@ def test_a_second_init_moves_the_gateway_to_other_addresses_and_sessions_survive
         )
         for query in ("udp", "tcp"):
             listening = f"ss --no-header --listening --numeric --{query} sport = :53535"
-            sockets = gateway.run(*listening.split()).stdout.splitlines()
-            bound = {line.split()[-2] for line in sockets}
-            assert bound == {f"{interface['ipv4']}:53535", f"[{ipv6}]:53535"}
+            bound = lambda command=listening: {
+                line.split()[-2] for line in gateway.run(*command.split()).stdout.splitlines()
+            }
+            wanted = {f"{interface['ipv4']}:53535", f"[{ipv6}]:53535"}
+            wait_until(lambda bound=bound: bound() == wanted, timeout=5, what=f"the {query} server on both addresses")
         client_goes_through(lab)
     assert lab.gateway.process.log_text().count(created) == connections
 
