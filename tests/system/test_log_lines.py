@@ -133,3 +133,17 @@ def test_validate_checksums_tells_of_wrong_ones_that_the_network_sends(lab_netwo
             gateway.says(r" WARN .*A packet from the network has a wrong checksum protocol=UDP num_bytes=29")
         finally:
             gateway.stop()
+
+
+def test_a_tun_device_that_is_deleted_ends_the_gateway_with_one_line(lab_network):
+    namespace = lab_network.namespace("deleted")
+    with portal_in(namespace) as portal:
+        gateway = Gateway(namespace, portal=portal)
+        try:
+            gateway.says("New routes set")
+            namespace.run("ip", "link", "delete", "tun-firezone")
+            assert gateway.process.wait(timeout=15) == 1
+            (line,) = [each for each in gateway.lines if " ERROR " in each]
+            assert re.search(r"the TUN device is gone: .*; was it deleted\?", line)
+        finally:
+            gateway.stop()
