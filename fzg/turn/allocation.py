@@ -120,9 +120,7 @@ class Allocation:
         self._last_received = -inf
         self._last_binding = now
         self._last_probe = -inf
-        self._doubted: list[
-            Endpoint
-        ] = []  # refused with 400 or not answered, which may mean that the allocation is gone
+        self._doubted: list[Endpoint] = []  # refused with 400 or not answered: the allocation may be gone
         self._warned_full_at = -inf
         self._begin_probing(now)
 
