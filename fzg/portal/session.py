@@ -233,6 +233,8 @@ class Session:
         data = frame.data if isinstance(frame.data, bytes) else frame.data.encode()
         if frame.opcode >= ABNF.OPCODE_CLOSE and len(data) > MAX_CONTROL:
             raise WebSocketProtocolException("a control frame is too long")
+        if frame.mask_value:
+            raise WebSocketProtocolException("a frame of the server is masked")
         match frame.opcode:
             case ABNF.OPCODE_PING:
                 self._pong = data  # an unwritten answer to an earlier ping is superseded (RFC 6455 5.5.3)

@@ -163,11 +163,14 @@ def test_each_way_to_lose_the_connection_leads_to_a_new_one(portal, dial, how):
     assert gateway.application.log == ["connected", "disconnected", "connected"]
 
 
-def test_a_control_frame_that_is_too_long_is_refused_rather_than_answered_in_kind(portal, dial):
+@pytest.mark.parametrize(
+    "frame", [b"\x89\x7e\x00\x7e" + bytes(126), b"\x89\x81\x01\x02\x03\x04x"], ids=["long", "masked"]
+)
+def test_a_frame_that_no_server_may_send_is_refused_rather_than_answered(portal, dial, frame):
     gateway = dial()
     gateway.wait_connected()
     connection = portal.connection(0)
-    connection.raw(b"\x89\x7e\x00\x7e" + bytes(126))
+    connection.raw(frame)
     gateway.wait_connected(2)
     assert connection.pongs == []
     assert connection.closed_with == (1002, "")
