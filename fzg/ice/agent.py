@@ -385,8 +385,11 @@ class Agent:
         def is_nominated(candidate: RemoteCandidate) -> bool:
             return any(pair.remote is candidate and pair.is_nominated for pair in self._pairs.values())
 
+        def is_paired(candidate: RemoteCandidate) -> bool:
+            return any(pair.remote is candidate for pair in self._pairs.values())
+
         if self._remotes.is_full:
-            evicted = self._remotes.evict(is_nominated)
+            evicted = self._remotes.evict(is_nominated, is_paired)
             if evicted is None:
                 self.dropped["too many remote candidates"] += 1
                 return False

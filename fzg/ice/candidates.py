@@ -165,9 +165,15 @@ class RemoteCandidates:
         """Whether one has to give way before another can be appended."""
         return len(self) >= MAX_REMOTE
 
-    def evict(self, in_use: Callable[[RemoteCandidate], bool]) -> RemoteCandidate | None:
-        """Remove the oldest provisional one that is not in use; None when there is none."""
-        oldest = next((old for old in self if old.provisional and not in_use(old)), None)
+    def evict(
+        self, is_nominated: Callable[[RemoteCandidate], bool], is_paired: Callable[[RemoteCandidate], bool]
+    ) -> RemoteCandidate | None:
+        """Remove the oldest provisional one that is not in use, else the oldest without pairs; None if there is none.
+
+        Signalled ones lose their pairs when nothing answers there any more: peers seldom withdraw an old address.
+        """
+        oldest = next((old for old in self if old.provisional and not is_nominated(old)), None)
+        oldest = oldest or next((old for old in self if not is_paired(old)), None)
         if oldest is not None:
             self._all.remove(oldest)
         return oldest

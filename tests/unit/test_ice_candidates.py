@@ -466,6 +466,19 @@ def test_remote_candidates_are_capped_and_learned_ones_make_room_for_signalled_o
     assert len(agent._attempts) == sum(len(pair.history) for pair in agent._pairs.values())
 
 
+def test_signalled_candidates_whose_pairs_have_died_make_room_for_new_ones(world, agent):
+    """A client behind a line that gets another address each day signals each, and withdraws none."""
+    world.host()
+    world.answers = lambda check: check.destination == PEER4
+    assert world.learn("host", PEER4)
+    for day in range(1, 100):
+        assert world.learn("srflx", f"198.51.100.9:{1000 + day}", 1686109951), day
+        world.run(world.now + 700.0)
+    assert agent.remote_candidate_count <= 64
+    assert agent.dropped["too many remote candidates"] == 0
+    assert any(pair.remote.address == PEER4 for pair in agent._pairs.values()), "the one that answers stays"
+
+
 def test_withdrawn_remote_candidates_are_forgotten_in_the_end(world, agent):
     world.host()
     for index in range(300):
