@@ -30,6 +30,10 @@ MAX_QUEUED: Final = 16_384
 """A portal that provokes answers and does not read them: 40 s of that end with the heartbeat, this bounds the memory.
 Room for the acknowledgement and the candidates of 200 authorizations a second for as long, some 10 MB."""
 
+MAX_REJOINS: Final = 10
+"""Between two heartbeats. A portal that loses each channel at once would have us join as fast as it answers; a new dial
+waits half a second at least."""
+
 _TOPIC: Final = "gateway"
 _HEARTBEAT_TOPIC: Final = "phoenix"
 _NO_CHANNEL: Final = "unmatched topic"
@@ -98,6 +102,7 @@ class Channel:
         self._join_deadline: float | None = now + self._timing.join_timeout
         self._join_ref: int | None = None
         self._joined = False
+        self._rejoins = 0
         self._capabilities_due = False
 
         self._heartbeat_at = now + self._timing.heartbeat_interval
@@ -230,6 +235,10 @@ class Channel:
             self._fail(Fatal(LoginFailed(reason)))
         elif reason == _NO_CHANNEL and self._joined and ref > self._join_ref:
             # Errors for messages older than a re-join are about the channel that it replaced.
+            if self._rejoins == MAX_REJOINS:
+                self._fail(Hiccup("the portal loses our channel again and again"))
+                return
+            self._rejoins += 1
             _LOG.debug("The portal lost our channel; joining again")
             self._joined = False
             self._join_due = True
@@ -260,6 +269,7 @@ class Channel:
             self._events.append(Received(message))
 
     def _handle_heartbeat_tick(self, now: float) -> None:
+        self._rejoins = 0
         if self._heartbeat_due:
             self._heartbeats_missed_by_writer += 1  # the socket takes nothing: silence counts all the same
         self._heartbeat_due = True

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from fzg.portal.channel import Channel, Fatal, Hiccup, Joined, Received
+from fzg.portal.channel import MAX_REJOINS, Channel, Fatal, Hiccup, Joined, Received
 from fzg.portal.messages import (
     AuthorizationCreated,
     BroadcastIceCandidates,
@@ -171,6 +171,32 @@ def test_unmatched_topic_on_a_message_joins_again_and_holds_further_messages():
     assert portal.events == [Joined(), Joined()]
     portal.reply(3, "error", {"reason": "unmatched topic"})  # even later than the answer
     assert portal.names().count("phx_join") == 2
+
+
+def lose_channel(portal):
+    """The portal answers that there is none, and a join with ok."""
+    portal.reply(portal.sent[-1][1]["ref"], "error", {"reason": "unmatched topic"})
+    if portal.names()[-1] == "phx_join":
+        portal.reply(portal.sent[-1][1]["ref"])
+
+
+def test_a_portal_that_loses_the_channel_again_and_again_is_dialled_anew_rather_than_joined_without_pause():
+    portal = Portal(capabilities=SetSnownetCapabilities(iceless=False))
+    for _ in range(MAX_REJOINS):
+        lose_channel(portal)
+    assert portal.names().count("phx_join") == 1 + MAX_REJOINS
+    lose_channel(portal)
+    assert "again and again" in hiccup(portal)
+    assert portal.names().count("phx_join") == 1 + MAX_REJOINS
+
+
+def test_a_portal_that_loses_the_channel_now_and_then_is_joined_each_time():
+    portal = Portal(capabilities=SetSnownetCapabilities(iceless=False))
+    for number in range(1, 3 * MAX_REJOINS):
+        portal.run_until(10 * number)
+        portal.send(NoRelays())
+        lose_channel(portal)
+    assert portal.events == [Joined()] * 3 * MAX_REJOINS
 
 
 def test_a_second_join_has_five_seconds_of_its_own():
