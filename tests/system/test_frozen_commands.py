@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import tarfile
+import tempfile
+from pathlib import Path
 
 import pytest
 from gateway_process import Gateway
@@ -21,14 +23,10 @@ pytestmark = [
 
 
 @pytest.fixture
-def private(tmp_path):
+def private(shared_directory):
     """A directory of the ordinary user, for the socket and for files."""
-    directory = tmp_path / "own"
-    directory.mkdir(mode=0o700)
+    directory = Path(tempfile.mkdtemp(dir=shared_directory))
     os.chown(directory, 65534, 65534)
-    for above in directory.parents:
-        if above != above.parent and not above.stat().st_mode & 0o001:
-            above.chmod(above.stat().st_mode | 0o011)
     return directory
 
 
