@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
-from fzg.wireguard.keys import StaticKeyPair
+from fzg.wireguard.keys import KeyPair
 from tests.bench.crowd_client import Crowd
 from tests.bench.outpost import Outpost
 from tests.interop.wireguard_go import program as wireguard_go
@@ -159,7 +159,7 @@ class Site:
     def add_wireguard_go(self) -> str:
         """Run wireguard-go between client and gateway too, as direct as the gateway; returns its version."""
         lab = self.lab
-        private = {end: StaticKeyPair.generate(os.urandom) for end in _TUNNEL}
+        private = {end: KeyPair.generate(os.urandom) for end in _TUNNEL}
         devices = {}
         places = {"client": lab.places["client1"], "gateway": lab.places["gateway"]}
         for end, other in (("client", "gateway"), ("gateway", "client")):
@@ -205,7 +205,7 @@ class Site:
     def _add_neighbour(self, gateway: wireguard_go.WireguardGo, public: bytes) -> None:
         """Another client of wireguard-go, where the crowd is."""
         assert self.crowd is not None
-        namespace, own = self.crowd.place.namespace, StaticKeyPair.generate(os.urandom)
+        namespace, own = self.crowd.place.namespace, KeyPair.generate(os.urandom)
         device = wireguard_go.WireguardGo(tun=_TUN, prefix=namespace.prefix())
         self._stack.callback(device.close)
         gateway.set(
