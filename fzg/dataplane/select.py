@@ -21,8 +21,10 @@ class EngineUnavailableError(Exception):
 
 
 def make_engine() -> Engine:
-    """A fresh engine. Raises `EngineUnavailableError` if it must be native and is not there."""
+    """A fresh engine. Raises `EngineUnavailableError` if what is asked for is not there."""
     wanted = os.environ.get(_ENVIRONMENT)
+    if wanted not in (None, "", "native", "pure"):
+        raise EngineUnavailableError(f"{_ENVIRONMENT} is {wanted!r}: it can be native or pure")
     if wanted == "pure":
         return PureEngine()
     try:

@@ -48,3 +48,9 @@ def test_a_missing_native_engine_that_must_be_there_is_an_error(monkeypatch: pyt
     monkeypatch.setenv(name, value)
     with pytest.raises(EngineUnavailableError, match="native packet engine is not there"):
         make_engine()
+
+
+def test_an_engine_that_nobody_knows_is_refused_by_name(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("FIREZONE_ENGINE", "nativ")
+    with pytest.raises(EngineUnavailableError, match="FIREZONE_ENGINE is 'nativ'"):
+        make_engine()
