@@ -185,9 +185,10 @@ class Agent:
         """Whether a request is the peer's."""
         return message.username == self._inbound_username and message.verify_integrity(self._local_key)
 
-    def is_checked_from(self, address: Endpoint) -> bool:
-        """Whether the peer has checked us from this address of its own."""
-        return any(pair.remote.address == address and pair.last_request is not None for pair in self._pairs.values())
+    def checked_from(self, address: Endpoint) -> float | None:
+        """When the peer last checked us from this address of its own; None: never."""
+        pairs = (pair for pair in self._pairs.values() if pair.remote.address == address)
+        return max((pair.last_request for pair in pairs if pair.last_request is not None), default=None)
 
     def is_relayed(self, source: Endpoint) -> bool:
         """Whether what is sent from `source` has to go through our relay."""

@@ -551,8 +551,7 @@ class Node:
         if partial is None or sharing is None:
             self.counters["WireGuard: unknown client"] += 1
             return
-        # Who only claims another client's key must not get its handshakes: the address tells, which ICE has proven.
-        connection = next((each for each in sharing if each.agent.is_checked_from(source)), sharing[0])
+        connection = _proven(sharing, source)
         connection.handle_initiation(partial, now)
         self._settle(connection, now)
 
@@ -643,3 +642,12 @@ class Node:
 def _username(identity: Identity) -> str:
     """The USERNAME of the client's checks; complete, since 20-bit ufrags collide (D2)."""
     return f"{identity.local.ufrag}:{identity.remote.ufrag}"
+
+
+def _proven(sharing: Sequence[Connection], source: Endpoint) -> Connection:
+    """Of connections with one public key that whose client ICE last proved to be at this address, else the first.
+
+    Who only claims another client's key must not get its handshakes; one that came back from the same address gets its
+    own, although the connection that it left is still there.
+    """
+    return max(sharing, key=lambda connection: connection.agent.checked_from(source) or 0.0)

@@ -246,8 +246,12 @@ def test_connections_that_share_a_key_are_told_apart_by_the_address_that_checks_
     assert taken(Endpoint(w.client.addresses[0], 52625), 1.0) == [w.client.client_id]
     assert taken(second_address, 2.0) == [second.client_id]
     assert taken(STRANGER, 3.0) == [w.client.client_id]
+    # One that came back from the same address is the later one.
+    inject(w, check(w, b"transaction2"), STRANGER)
+    inject(w, check(w, b"transaction3", username="wxy2:abc2", key=key), STRANGER)
+    assert taken(STRANGER, 4.0) == [second.client_id]
     w.reject(second)
-    assert taken(Endpoint(w.client.addresses[0], 52625), 4.0) == [w.client.client_id]
+    assert taken(Endpoint(w.client.addresses[0], 52625), 5.0) == [w.client.client_id]
 
 
 @pytest.mark.spec("CONN-12")
