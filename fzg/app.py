@@ -543,5 +543,5 @@ def _report_failure(context: object, kind: type[BaseException], error: BaseExcep
 
     What a task of a thread pool raises is raised to whoever waits for it, too: gevent names the worker and the task.
     """
-    if not issubclass(kind, HostError) and not isinstance(context, tuple):
+    if not issubclass(kind, (FatalError, HostError)) and not isinstance(context, tuple):
         _LOG.error("A task failed", exc_info=(kind, error, traceback))

@@ -9,6 +9,7 @@ import pytest
 from gevent.threadpool import ThreadPool
 
 from fzg import app
+from fzg.host.errors import HostError
 
 
 @pytest.fixture
@@ -28,8 +29,9 @@ def test_a_greenlet_that_dies_of_a_mistake_is_told(reported):
     assert reported() == ["A task failed"]
 
 
-def test_one_that_ends_the_process_with_a_sentence_is_left_to_that_sentence(reported):
-    gevent.spawn(fail, app.FatalError("a sentence")).join()
+@pytest.mark.parametrize("kind", [app.FatalError, HostError])
+def test_one_that_ends_the_process_with_a_sentence_is_left_to_that_sentence(reported, kind):
+    gevent.spawn(fail, kind("a sentence")).join()
     assert reported() == []
 
 
