@@ -12,19 +12,27 @@ void engine_end_turn(struct engine *engine)
     turn->missed_count = 0;
 }
 
+/* The array, with room for one entry more. NULL: no memory, which is counted; the array is as it was. */
+static void *with_room(struct engine *engine, void *entries, size_t size, uint32_t count, uint32_t *capacity)
+{
+    if (count < *capacity)
+        return entries;
+    uint32_t larger = *capacity ? 2 * *capacity : 64;
+    void *grown = realloc(entries, larger * size);
+    if (grown)
+        *capacity = larger;
+    else
+        engine->counters.drop_no_memory++;
+    return grown;
+}
+
 struct event *add_event(struct engine *engine, enum event_kind kind)
 {
     struct turn *turn = &engine->turn;
-    if (turn->event_count == turn->event_capacity) {
-        uint32_t capacity = turn->event_capacity ? 2 * turn->event_capacity : 64;
-        struct event *events = realloc(turn->events, capacity * sizeof *events);
-        if (!events) {
-            engine->counters.drop_no_memory++;
-            return NULL;
-        }
-        turn->events = events;
-        turn->event_capacity = capacity;
-    }
+    struct event *events = with_room(engine, turn->events, sizeof *events, turn->event_count, &turn->event_capacity);
+    if (!events)
+        return NULL;
+    turn->events = events;
     struct event *event = &turn->events[turn->event_count++];
     *event = (struct event){.kind = kind};
     return event;
@@ -79,16 +87,10 @@ enum install engine_install_flow(struct engine *engine, const struct flow *verdi
 static void add_missed(struct engine *engine, const struct flow_key *key, uint64_t hash, bool awaits_verdict)
 {
     struct turn *turn = &engine->turn;
-    if (turn->missed_count == turn->missed_capacity) {
-        uint32_t capacity = turn->missed_capacity ? 2 * turn->missed_capacity : 64;
-        struct missed *missed = realloc(turn->missed, capacity * sizeof *missed);
-        if (!missed) {
-            engine->counters.drop_no_memory++;
-            return;
-        }
-        turn->missed = missed;
-        turn->missed_capacity = capacity;
-    }
+    struct missed *missed = with_room(engine, turn->missed, sizeof *missed, turn->missed_count, &turn->missed_capacity);
+    if (!missed)
+        return;
+    turn->missed = missed;
     if (!turn->missed_count)
         memset(turn->newest_missed, 0xFF, sizeof turn->newest_missed);
     uint32_t *newest = &turn->newest_missed[hash % MISSED_BUCKETS];
