@@ -18,6 +18,7 @@ from gevent.server import StreamServer
 
 from fzg.host.errors import HostError
 from fzg.host.nameservers import Answer, Nameservers, exchange, receive_message
+from fzg.host.udp import set_receive_buffer
 from fzg.wire import Malformed
 from fzg.wire import dns as messages
 
@@ -47,7 +48,6 @@ MAX_CONNECTIONS_PER_CLIENT: Final = 16
 # Ours. As many queries as may be in flight can come at once. The kernel counts up to 2.3 kB for each, the usual buffer
 # holds 277; it doubles what it is asked for.
 _RECEIVE_BUFFER: Final = MAX_IN_FLIGHT * 1200
-_SO_RCVBUFFORCE: Final = 33  # <asm-generic/socket.h>; needs CAP_NET_ADMIN and ignores the host's limit
 # Ours. How long a connection may be silent between queries, and how long a query may take to arrive (RFC 7766 6.2.3).
 IDLE_TIMEOUT: Final = 120.0
 # Ours. Datagrams taken per turn, so that a flood of queries does not starve the packets.
@@ -101,7 +101,7 @@ class DnsServer:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             udp = self._sockets[host] = socket.socket(family, socket.SOCK_DGRAM)
             udp.setblocking(0)
-            _enlarge_receive_buffer(udp)
+            set_receive_buffer(udp, _RECEIVE_BUFFER)
             udp.bind((host, self._port))
             acceptor = StreamServer((host, self._port), self._serve_connection)
             self._acceptors.append(acceptor)
@@ -219,13 +219,6 @@ class DnsServer:
             self._in_flight[client] -= 1
             if not self._in_flight[client]:
                 del self._in_flight[client]
-
-
-def _enlarge_receive_buffer(udp: socket.socket) -> None:
-    for option in (_SO_RCVBUFFORCE, socket.SO_RCVBUF):
-        with contextlib.suppress(OSError):
-            udp.setsockopt(socket.SOL_SOCKET, option, _RECEIVE_BUFFER)
-            return
 
 
 def _abort(connection: socket.socket) -> None:

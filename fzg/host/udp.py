@@ -107,7 +107,7 @@ def open_socket(
             _set_ipv4_options(udp)
         sizes = (
             _set_buffer(udp, socket.SO_SNDBUF, _SO_SNDBUFFORCE, send_buffer),
-            _set_buffer(udp, socket.SO_RCVBUF, _SO_RCVBUFFORCE, receive_buffer),
+            set_receive_buffer(udp, receive_buffer),
         )
         takes_trains = gro and _enable_gro(udp)
         _bind(udp, family, port)
@@ -139,6 +139,11 @@ def _set_ipv6_options(udp: socket.socket) -> None:
         udp.setsockopt(socket.IPPROTO_IPV6, _IPV6_ADDR_PREFERENCES, _IPV6_PREFER_SRC_PUBLIC)
     except OSError as error:
         _LOG.info("cannot prefer public IPv6 source addresses: %s", error.strerror)
+
+
+def set_receive_buffer(udp: socket.socket, size: int) -> int:
+    """Ask for `size` bytes; what the kernel made of it, which is double or less."""
+    return _set_buffer(udp, socket.SO_RCVBUF, _SO_RCVBUFFORCE, size)
 
 
 def _set_buffer(udp: socket.socket, option: int, forced_option: int, size: int) -> int:
