@@ -55,7 +55,14 @@ class _Parsed(click.ParamType[Any, Any]):
 
 
 class _OnceOption(click.Option):
-    """An option that may stand once only, and whose flag form reads our words for true and false."""
+    """An option that may stand once only, and whose flag form reads our words for true and false.
+
+    `empty_counts`: a variable that is set and empty is a value, where click takes it as unset.
+    """
+
+    def __init__(self, *names: Any, empty_counts: bool = False, **attributes: Any) -> None:
+        super().__init__(*names, **attributes)
+        self._empty_counts = empty_counts
 
     def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
         super().add_to_parser(parser, ctx)
@@ -66,8 +73,8 @@ class _OnceOption(click.Option):
 
     def value_from_envvar(self, ctx: click.Context) -> Any:
         value = self.resolve_envvar_value(ctx)
-        if value is None and self.name == "api_url":
-            value = os.environ.get("FIREZONE_API_URL")  # empty: the token is not for the default portal
+        if value is None and self._empty_counts and isinstance(self.envvar, str):
+            value = os.environ.get(self.envvar)
         if value is None or not self.is_flag:
             return value
         try:
@@ -149,7 +156,15 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
 
 @click.command(cls=_GatewayCommand, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("token", required=False, metavar="[TOKEN]", shell_complete=_complete_word)
-@_option("-u", "--api-url", env="FIREZONE_API_URL", default=s.DEFAULT_API_URL, metavar="URL", hidden=True)
+@_option(
+    "-u",
+    "--api-url",
+    env="FIREZONE_API_URL",
+    empty_counts=True,  # else a template without a value would give the token to the default portal
+    default=s.DEFAULT_API_URL,
+    metavar="URL",
+    hidden=True,
+)
 @_option(
     "-n",
     "--firezone-name",
