@@ -154,13 +154,18 @@ def test_udp_is_counted_in_both_directions_and_ends_when_it_is_idle():
     assert (figures.tx_packets, figures.tx_bytes, figures.rx_packets, figures.rx_bytes) == (201, 804, 200, 1200)
 
 
-def test_the_end_of_the_gateway_records_every_flow_with_the_engines_last_figures_before_goodbye():
+def with_3000_bytes_that_the_engine_carried():
     w = logged()
     connection = Connection(w)
     connection.open()
     for _ in range(30):
         connection.down(ACK, b"y" * 100)
     assert completed(w) == []
+    return w
+
+
+def test_the_end_of_the_gateway_records_every_flow_with_the_engines_last_figures_before_goodbye():
+    w = with_3000_bytes_that_the_engine_carried()
     sent = len(w.net.log)
     w.gateway.core.shutdown(w.net.now)
     assert len(w.net.log) == sent
@@ -192,12 +197,7 @@ def test_each_init_says_how_uploads_go_and_switches():
 
 
 def test_an_init_that_ends_the_log_leaves_records_of_all_that_the_engine_carried_and_in_time_to_be_kept():
-    w = logged()
-    connection = Connection(w)
-    connection.open()
-    for _ in range(30):
-        connection.down(ACK, b"y" * 100)
-    assert completed(w) == []
+    w = with_3000_bytes_that_the_engine_carried()
     w.gateway.flow_logs.clear()
     w.gateway.portal(w.init(flow_logs=NO_UPLOADS))
     record, settings = w.gateway.flow_logs
