@@ -33,10 +33,10 @@ def _load_cipher():
             candidates.append(__import__(name).__file__)
         except (ImportError, AttributeError):  # not built, or part of the interpreter
             continue
-    for candidate in (*candidates, "libcrypto.so.3", "libcrypto.so.1.1", "libcrypto.so"):
+    for candidate in (*candidates, "libcrypto.so.3", "libcrypto.so"):
         if cipher_load(os.fsencode(candidate)):
             return
-    raise ImportError("no libcrypto with ChaCha20-Poly1305 was found")
+    raise ImportError("no libcrypto 3.0 or later with ChaCha20 and Poly1305 was found")
 
 
 _load_cipher()

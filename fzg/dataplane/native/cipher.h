@@ -1,4 +1,4 @@
-/* ChaCha20-Poly1305 (RFC 8439) with WireGuard's nonces, by the libcrypto that the interpreter has loaded. */
+/* ChaCha20-Poly1305 (RFC 8439) with WireGuard's nonces, from libcrypto's ChaCha20 and Poly1305 (3.0 or later). */
 #ifndef FZG_CIPHER_H
 #define FZG_CIPHER_H
 
@@ -6,12 +6,17 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { KEY_SIZE = 32, TAG_SIZE = 16 };
+enum {
+    KEY_SIZE = 32,
+    TAG_SIZE = 16,
+    CIPHER_MAX_SIZE = 1344, /* plaintext of a message: more than the largest datagram has (spec tunnel 1.2), in blocks of 64 */
+};
 
-/* One key for one direction; libcrypto's context is made at first use, as most sessions only ever carry a few packets. */
+/* One key for one direction; libcrypto's contexts are made at first use, as most sessions only ever carry a few packets. */
 struct cipher {
     uint8_t key[KEY_SIZE];
-    void *context;
+    void *chacha20;
+    void *poly1305;
 };
 
 /* Finds libcrypto's functions in the shared object `path` or what it depends on; false if they are not there. */
@@ -20,10 +25,11 @@ bool cipher_load(const char *path);
 void cipher_init(struct cipher *cipher, const uint8_t key[KEY_SIZE]);
 void cipher_wipe(struct cipher *cipher);
 
-/* Encrypts `size` bytes from `plain` to `sealed`, which may be the same place, and appends the tag. False: no memory. */
+/* Encrypts `size` bytes from `plain` to `sealed`, which may be the same place, and appends the tag. False: no memory,
+ * or more than CIPHER_MAX_SIZE. */
 bool cipher_seal(struct cipher *cipher, uint64_t counter, const uint8_t *plain, size_t size, uint8_t *sealed);
 
-/* Decrypts `size` bytes, tag included, from `sealed` to `plain`; false, with `plain` undefined, if they are not genuine. */
+/* Decrypts `size` bytes, tag included, from `sealed` to `plain`; false, with `plain` unchanged, if they are not genuine. */
 bool cipher_open(struct cipher *cipher, uint64_t counter, const uint8_t *sealed, size_t size, uint8_t *plain);
 
 #endif
