@@ -114,7 +114,7 @@ static bool make_stream(struct cipher *cipher, uint64_t counter, size_t size, ui
 static void combine(const uint8_t *in, const uint8_t *stream, size_t size, uint8_t *out)
 {
     for (size_t i = 0; i < size; i++)
-        out[i] = in[i] ^ stream[BLOCK + i];
+        out[i] = in[i] ^ stream[i];
 }
 
 /* The tag of a ciphertext without additional data (2.8). */
@@ -138,12 +138,14 @@ static bool tags_equal(const uint8_t one[TAG_SIZE], const uint8_t other[TAG_SIZE
     return !((load_le64(one) ^ load_le64(other)) | (load_le64(one + 8) ^ load_le64(other + 8)));
 }
 
-bool cipher_seal(struct cipher *cipher, uint64_t counter, const uint8_t *plain, size_t size, uint8_t *sealed)
+bool cipher_seal(struct cipher *cipher, uint64_t counter, const struct plaintext *plain, uint8_t *sealed)
 {
     uint8_t stream[STREAM_SIZE];
+    size_t size = plain->head_size + plain->body_size;
     if (!make_stream(cipher, counter, size, stream))
         return false;
-    combine(plain, stream, size, sealed);
+    combine(plain->head, stream + BLOCK, plain->head_size, sealed);
+    combine(plain->body, stream + BLOCK + plain->head_size, plain->body_size, sealed + plain->head_size);
     return authenticate(cipher, stream, sealed, size, sealed + size);
 }
 
@@ -154,6 +156,6 @@ bool cipher_open(struct cipher *cipher, uint64_t counter, const uint8_t *sealed,
     if (!make_stream(cipher, counter, size, stream) || !authenticate(cipher, stream, sealed, size, tag)
         || !tags_equal(tag, sealed + size))
         return false;
-    combine(sealed, stream, size, plain);
+    combine(sealed, stream + BLOCK, size, plain);
     return true;
 }

@@ -19,15 +19,22 @@ struct cipher {
     void *poly1305;
 };
 
+/* A packet in two places, so that what follows a header that was just made need not be copied behind it. */
+struct plaintext {
+    const uint8_t *head;
+    size_t head_size;
+    const uint8_t *body;
+    size_t body_size;
+};
+
 /* Finds libcrypto's functions in the shared object `path` or what it depends on; false if they are not there. */
 bool cipher_load(const char *path);
 
 void cipher_init(struct cipher *cipher, const uint8_t key[KEY_SIZE]);
 void cipher_wipe(struct cipher *cipher);
 
-/* Encrypts `size` bytes from `plain` to `sealed`, which may be the same place, and appends the tag. False: no memory,
- * or more than CIPHER_MAX_SIZE. */
-bool cipher_seal(struct cipher *cipher, uint64_t counter, const uint8_t *plain, size_t size, uint8_t *sealed);
+/* Encrypts `plain` to `sealed` and appends the tag. False: no memory, or more than CIPHER_MAX_SIZE. */
+bool cipher_seal(struct cipher *cipher, uint64_t counter, const struct plaintext *plain, uint8_t *sealed);
 
 /* Decrypts `size` bytes, tag included, from `sealed` to `plain`; false, with `plain` unchanged, if they are not genuine. */
 bool cipher_open(struct cipher *cipher, uint64_t counter, const uint8_t *sealed, size_t size, uint8_t *plain);

@@ -2,7 +2,7 @@
 #include "events.h"
 #include "sanitize.h"
 
-static bool seal(struct session *session, const uint8_t *packet, uint32_t size, uint8_t *message)
+static bool seal(struct session *session, const struct plaintext *packet, uint8_t *message)
 {
     uint64_t counter = session->next_counter;
     if (counter == UINT64_MAX)
@@ -11,7 +11,7 @@ static bool seal(struct session *session, const uint8_t *packet, uint32_t size, 
     store_le32(message, DATA_TYPE);
     store_le32(message + 4, session->remote_index);
     store_le64(message + 8, counter);
-    return cipher_seal(&session->sending, counter, packet, size, message + DATA_HEADER);
+    return cipher_seal(&session->sending, counter, packet, message + DATA_HEADER);
 }
 
 bool engine_seal(struct engine *engine, struct peer *peer, const uint8_t *packet, uint32_t size, double now,
@@ -25,7 +25,7 @@ bool engine_seal(struct engine *engine, struct peer *peer, const uint8_t *packet
         session_note_data_sent(session, now);
     else
         peer_note_sent(peer, now);
-    return seal(session, packet, size, message);
+    return seal(session, &(struct plaintext){.head = packet, .head_size = size}, message);
 }
 
 /* The flow that covers a packet now, if its client can be sent to. NULL: the packet is for the core, unless it waits. */
@@ -71,11 +71,12 @@ static struct udp_port *way_out(struct engine *engine, const struct peer *peer, 
     return port->attached ? port : NULL;
 }
 
-/* Seal one packet and queue it. `super`: it is segment `index` of that; otherwise `packet` is the whole. */
+/* Seal one packet and queue it. */
 static void send_packet(struct engine *engine, struct udp_port *port, const struct route *route, struct peer *peer,
-                        const struct super_packet *super, uint32_t index, const uint8_t *packet, uint32_t size)
+                        const struct plaintext *packet)
 {
-    uint32_t channel = peer->path.channel < 0 ? 0 : CHANNEL_HEADER, total = channel + size + DATA_OVERHEAD;
+    uint32_t size = (uint32_t)(packet->head_size + packet->body_size) + DATA_OVERHEAD;
+    uint32_t channel = peer->path.channel < 0 ? 0 : CHANNEL_HEADER, total = channel + size;
     if (!udp_has_room(port, route->owner))
         return;
     uint8_t *octets = udp_reserve(port, total);
@@ -86,13 +87,9 @@ static void send_packet(struct engine *engine, struct udp_port *port, const stru
     uint8_t *message = octets + channel;
     if (channel) {
         store_be16(octets, (uint32_t)peer->path.channel);
-        store_be16(octets + 2, size + DATA_OVERHEAD);
+        store_be16(octets + 2, size);
     }
-    if (super) {
-        super_packet_segment(super, index, message + DATA_HEADER);
-        packet = message + DATA_HEADER;
-    }
-    if (!seal(peer->current, packet, size, message)) {
+    if (!seal(peer->current, packet, message)) {
         engine->counters.drop_no_memory++;
         return;
     }
@@ -133,7 +130,7 @@ static bool take_packet(struct engine *engine, uint8_t *packet, uint32_t length,
     if (flow->is_translated)
         translation_apply(&flow->translation, packet);
     flow_count(flow, 1, packet_payload(packet, length, &flow->key), engine->turn.now);
-    send_packet(engine, port, &route, peer, NULL, 0, packet, length);
+    send_packet(engine, port, &route, peer, &(struct plaintext){.head = packet, .head_size = length});
     session_note_data_sent(peer->current, engine->turn.now);
     return true;
 }
@@ -156,8 +153,10 @@ static bool take_super_packet(struct engine *engine, uint8_t *packet, uint32_t l
         for (; *done < end; ++*done) {
             struct event *event;
             uint8_t *octets = add_packet_event(engine, EVENT_OUTBOUND_PACKET, super_packet_size(&super, *done), &event);
-            if (octets)
-                super_packet_segment(&super, *done, octets);
+            if (octets) {
+                super_packet_header(&super, *done, octets);
+                memcpy(octets + super.header, super_packet_payload(&super, *done), event->size - super.header);
+            }
             engine->turn.packets++;
         }
         return end == super.segments;
@@ -176,8 +175,16 @@ static bool take_super_packet(struct engine *engine, uint8_t *packet, uint32_t l
         super_packet_init(&super, packet, length, vnet);
     }
     flow_count(flow, segments, super.payload - first * super.segment, engine->turn.now);
-    for (uint32_t i = first; i < super.segments; i++)
-        send_packet(engine, port, &route, peer, &super, i, NULL, super_packet_size(&super, i));
+    for (uint32_t i = first; i < super.segments; i++) {
+        uint8_t header[MAX_HEADER];
+        super_packet_header(&super, i, header);
+        send_packet(engine, port, &route, peer, &(struct plaintext){
+            .head = header,
+            .head_size = super.header,
+            .body = super_packet_payload(&super, i),
+            .body_size = super_packet_size(&super, i) - super.header,
+        });
+    }
     session_note_data_sent(peer->current, engine->turn.now);
     return true;
 }

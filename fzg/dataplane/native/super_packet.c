@@ -66,24 +66,23 @@ bool super_packet_init(struct super_packet *super, const uint8_t *packet, uint32
     return true;
 }
 
-void super_packet_segment(const struct super_packet *super, uint32_t index, uint8_t *packet)
+void super_packet_header(const struct super_packet *super, uint32_t index, uint8_t *header)
 {
-    uint32_t total = super_packet_size(super, index), offset = index * super->segment;
-    memcpy(packet, super->packet, super->header);
-    memcpy(packet + super->header, super->packet + super->header + offset, total - super->header);
+    uint32_t total = super_packet_size(super, index);
+    memcpy(header, super->packet, super->header);
     if (super->is_ipv4) {
-        uint32_t identification = (load_be16(packet + 4) + index) & 0xFFFF;
-        store_be16(packet + 2, total);
-        store_be16(packet + 4, identification);
-        store_be16(packet + 10, complemented((uint64_t)super->ip_sum + total + identification));
+        uint32_t identification = (load_be16(header + 4) + index) & 0xFFFF;
+        store_be16(header + 2, total);
+        store_be16(header + 4, identification);
+        store_be16(header + 10, complemented((uint64_t)super->ip_sum + total + identification));
     } else {
-        store_be16(packet + 4, total - IPV6_HEADER);
+        store_be16(header + 4, total - IPV6_HEADER);
     }
-    uint8_t *l4 = packet + super->ip_header;
+    uint8_t *l4 = header + super->ip_header;
     uint32_t l4_size = total - super->ip_header;
-    uint64_t sum = super->l4_sum + l4_size + sum16(packet + super->header, total - super->header);
+    uint64_t sum = super->l4_sum + l4_size + sum16(super_packet_payload(super, index), total - super->header);
     if (super->is_tcp) {
-        uint32_t sequence = load_be32(l4 + 4) + offset;
+        uint32_t sequence = load_be32(l4 + 4) + index * super->segment;
         uint8_t flags = index + 1 == super->segments ? l4[13] : l4[13] & (uint8_t)~(TCP_FIN | TCP_PSH);
         store_be32(l4 + 4, sequence);
         l4[13] = flags;

@@ -13,6 +13,7 @@ enum {
     GSO_UDP_L4 = 5,
     MAX_PACKET = 65535, /* of a super-packet, headers included */
     MAX_READ_SEGMENTS = 256,
+    MAX_HEADER = 60 + 60, /* IPv4 and TCP with all options */
     TCP_CHECKSUM_AT = 16,
     UDP_CHECKSUM_AT = 6,
 };
@@ -53,7 +54,12 @@ static inline uint32_t super_packet_size(const struct super_packet *super, uint3
     return super->header + (left < super->segment ? left : super->segment);
 }
 
-/* The complete packet that is segment `index`, `super_packet_size` bytes of it. */
-void super_packet_segment(const struct super_packet *super, uint32_t index, uint8_t *packet);
+static inline const uint8_t *super_packet_payload(const struct super_packet *super, uint32_t index)
+{
+    return super->packet + super->header + index * super->segment;
+}
+
+/* The header of segment `index`, `super->header` bytes, at most MAX_HEADER; its payload stays where it is. */
+void super_packet_header(const struct super_packet *super, uint32_t index, uint8_t *header);
 
 #endif

@@ -9,7 +9,6 @@ enum {
     MAX_MERGED_DATAGRAMS = 64,
     /* A write has two further parts, and the kernel takes 1024 (UIO_MAXIOV). */
     MAX_MERGED_SEGMENTS = 512,
-    MAX_HEADER = IPV6_HEADER + 60,
     FIRST_CAPACITY = 256,
     /* Packets that may wait for the TUN: 100 batches of 100 (spec tunnel 9.6), at most 12.8 MB. */
     MAX_QUEUED = 10000,
