@@ -363,7 +363,11 @@ class Client:
         while True:
             hub.wait(at_once if self.engine.has_backlog(family) else watcher)
             moment = now()
-            for item in receive(*arguments, moment):
+            items = receive(*arguments, moment)
+            if not items:  # as in the gateway: nothing for the node, so nothing to drain
+                self.engine.flush()
+                continue
+            for item in items:
                 match item:
                     case Datagram(payload=payload, source=source, local=local):
                         self.node.handle_datagram(payload, source, local, moment)
