@@ -321,10 +321,10 @@ class PureEngine:
 
     def flush(self) -> bool:
         """See `Engine`."""
-        done = self._tun.flush() if self._tun is not None else True
+        done = True  # UDP first, as in `engine_flush`
         for port in self._udp.values():
             done &= port.flush()
-        return done
+        return done if self._tun is None else self._tun.flush() and done
 
     def congested(self) -> Sequence[int]:
         """See `Engine`."""

@@ -121,6 +121,8 @@ bool engine_flush_udp(struct engine *engine)
 
 bool engine_flush(struct engine *engine)
 {
-    bool done = tun_flush(&engine->tun);
-    return engine_flush_udp(engine) && done;
+    /* UDP first: answers to handshakes and checks are there, and a packet for the TUN wakes its receiver, which may take
+     * the core. */
+    bool done = engine_flush_udp(engine);
+    return tun_flush(&engine->tun) && done;
 }
