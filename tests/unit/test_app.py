@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -11,6 +12,17 @@ from fzg.host.errors import HostError
 from fzg.portal.messages import BroadcastIceCandidates, BroadcastInvalidatedIceCandidates
 
 CLIENT = "11111111-2222-4333-8444-555555555555"
+
+
+def test_a_full_collection_does_not_look_at_the_program_itself():
+    app, frozen = MagicMock(), []
+    app._stop.get.side_effect = lambda: frozen.append(gc.get_freeze_count())
+    gc.unfreeze()
+    try:
+        App.run(app)
+    finally:
+        gc.unfreeze()
+    assert frozen[0] > 10_000  # the objects of the imported modules
 
 
 def test_unsent_candidates_go_back_newest_first():
