@@ -81,17 +81,33 @@ class Pumps:
 
     def _take(self, items: Sequence[Item], now: float) -> None:
         if items:
-            dispatch(self._gateway, items, now)
+            dispatch(self._gateway, items, now, answer=self._answer)
             self._settle()
         else:  # the engine settled everything, so the core has nothing to say
             self.flush()
 
+    def _answer(self) -> None:
+        """Send what the core has said so far."""
+        answered = False
+        while (transmit := self._gateway.poll_transmit()) is not None:
+            self._engine.transmit(transmit)
+            answered = True
+        if answered:
+            self.flush()
 
-def dispatch(gateway: Gateway, items: Sequence[Item], now: float) -> None:
-    """Hand what the engine did not settle to the core, control first: data must not delay a handshake of its batch."""
+
+def dispatch(
+    gateway: Gateway, items: Sequence[Item], now: float, *, answer: Callable[[], None] | None = None
+) -> None:
+    """Hand what the engine did not settle to the core, control first: data must not delay a handshake of its batch.
+
+    `answer` is called after each datagram, so that none waits for those behind it: a handshake takes half a millisecond.
+    """
     for item in items:
         if isinstance(item, Datagram):
             gateway.handle_datagram(item.payload, item.source, item.local, now)
+            if answer is not None:
+                answer()
     for item in items:
         match item:
             case Datagram():

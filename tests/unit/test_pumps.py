@@ -27,6 +27,10 @@ class Engine:
         self.turns = []
         self.flushes = 0
         self.backlog = False
+        self.queued, self.sent = [], []
+
+    def transmit(self, transmit):
+        self.queued.append(transmit)
 
     def receive_tun(self, now):
         if not self.turns:
@@ -45,6 +49,8 @@ class Engine:
 
     def flush(self):
         self.flushes += 1
+        self.sent.extend(self.queued)
+        self.queued.clear()
         return self.room
 
     def congested(self):
@@ -53,7 +59,10 @@ class Engine:
 
 class Gateway:
     def __init__(self):
-        self.told = []
+        self.told, self.says = [], []
+
+    def poll_transmit(self):
+        return self.says.pop(0) if self.says else None
 
     def __getattr__(self, name):
         return lambda *arguments: self.told.append((name, *arguments))
@@ -86,6 +95,20 @@ def test_control_comes_before_the_data_of_the_same_turn(pumps, descriptor):
         "handle_flow_report",
     ]
     assert pumps.gateway.told[-1] == "settle"
+
+
+def test_an_answer_does_not_wait_for_the_datagrams_behind_its_own(pumps, descriptor):
+    sent_before = []
+
+    def handle_datagram(payload, *_):
+        sent_before.append(list(pumps.engine.sent))
+        pumps.gateway.says.append(b"answer to " + payload)
+
+    pumps.gateway.handle_datagram = handle_datagram
+    pumps.engine.turns = [[Datagram(b"check", THERE, HERE, 0), Datagram(b"initiation", THERE, HERE, 0)]]
+    gevent.spawn(pumps.run_udp, descriptor, socket.AF_INET).join(timeout=5)
+    assert sent_before == [[], [b"answer to check"]]
+    assert pumps.engine.sent == [b"answer to check", b"answer to initiation"]
 
 
 def test_a_turn_that_the_engine_settled_alone_is_written_and_does_not_reach_the_core(pumps, descriptor):
