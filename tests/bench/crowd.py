@@ -104,7 +104,7 @@ class _Crowd:
         self.waiting: list[_Member] = []
         self.checks: dict[bytes, _Member] = {}
         self.counts: Counter[str] = Counter()
-        self.probing: tuple[float, float, int] | None = None  # until, interval, next member
+        self.probing: tuple[float, float, int] | None = None  # until, interval, number of the next
         self.probe_at = 0.0
         opened = udp.open_socket(socket.AF_INET, mark=None)
         self.socket = opened.socket
@@ -259,18 +259,20 @@ class _Crowd:
         self.engine.sweep(now)
 
     def probe(self, now: float) -> None:
-        """One check and one initiation, each round of another member."""
+        """A check or an initiation, in turn, so that neither waits for the other; each round another member."""
         assert self.probing is not None
         until, interval, number = self.probing
         if now >= until:
             self.probing = None
             return
-        member = self.members[number % len(self.members)]
-        self.check(member)
-        member.peer.initiate(now)
-        self.settle(member)
+        member = self.members[number // 2 % len(self.members)]
+        if number % 2:
+            member.peer.initiate(now)
+            self.settle(member)
+        else:
+            self.check(member)
         self.probing = until, interval, number + 1
-        self.probe_at = max(self.probe_at + interval, now)
+        self.probe_at = max(self.probe_at + interval / 2, now)
 
     # -- orders
 
@@ -296,7 +298,7 @@ class _Crowd:
     def op_probe(self, seconds: float, interval: float) -> None:
         """Send checks and handshakes for a while."""
         now = _now()
-        start = self.probing[2] if self.probing else self.counts["handshakes"]
+        start = self.probing[2] if self.probing else 2 * self.counts["handshakes"]
         self.probing, self.probe_at = (now + seconds, interval, start), now
 
     def op_counts(self) -> dict[str, int]:

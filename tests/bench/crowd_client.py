@@ -81,7 +81,7 @@ class Crowd:
         wait_until(lambda: self._ask("joined") >= members, timeout=timeout, what=f"{members} clients connect")
 
     def probe(self, *, seconds: float, interval: float) -> None:
-        """Send an ICE check and a handshake each `interval`, for a while, each round for another member."""
+        """Send an ICE check and, half an `interval` later, a handshake, for a while, each round for another member."""
         self._ask("probe", seconds=seconds, interval=interval)
 
     def counts(self) -> dict[str, int]:
