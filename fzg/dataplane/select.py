@@ -27,14 +27,25 @@ def make_engine() -> Engine:
         raise EngineUnavailableError(f"{_ENVIRONMENT} is {wanted!r}: it can be native or pure")
     if wanted == "pure":
         return PureEngine()
-    try:
+    if (reason := why_not_native()) is None:
         from fzg.dataplane._native import NativeEngine
+
+        return NativeEngine()
+    if wanted == "native" or os.environ.get("FZG_REQUIRE_NATIVE") == "1":
+        raise EngineUnavailableError(f"the native packet engine is not there: it {reason}")
+    _LOG.info("Packets are handled in Python, several times slower: the native engine %s", reason)
+    return PureEngine()
+
+
+def why_not_native() -> str | None:
+    """What the native engine lacks, as the end of a sentence; None: nothing."""
+    try:
+        import fzg.dataplane._native  # noqa: F401
+    except ModuleNotFoundError:
+        return "was not built"
     except ImportError as error:
-        if wanted == "native" or os.environ.get("FZG_REQUIRE_NATIVE") == "1":
-            raise EngineUnavailableError(f"the native packet engine is not there: {error}") from error
-        _LOG.info("Packets are handled in Python, several times slower: the native engine was not built")
-        return PureEngine()
-    return NativeEngine()
+        return f"cannot run: {error}"
+    return None
 
 
 def engine_name(engine: Engine) -> str:

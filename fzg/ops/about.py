@@ -51,7 +51,7 @@ def _engine() -> str:
         return "native"
     if os.environ.get("FIREZONE_ENGINE") == "pure":
         return "pure, which FIREZONE_ENGINE asks for"
-    return "pure, several times slower: the native engine was not built"
+    return f"pure, several times slower: the native engine {select.why_not_native()}"
 
 
 def _build(record: dict[str, Any]) -> str:

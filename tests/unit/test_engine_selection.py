@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import sys
 
 import pytest
@@ -40,6 +41,21 @@ def test_without_a_native_engine_the_one_in_python_runs_and_that_is_said(caplog:
     caplog.set_level("INFO")
     assert type(make_engine()) is PureEngine
     assert "the native engine was not built" in caplog.text
+
+
+def test_a_native_engine_that_cannot_be_loaded_says_what_it_lacks(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def without_libcrypto(name: str, *rest: object) -> object:
+        if name == "fzg.dataplane._native":
+            raise ImportError("no libcrypto 3.0 or later with ChaCha20 and Poly1305 was found")
+        return genuine(name, *rest)
+
+    genuine = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", without_libcrypto)
+    caplog.set_level("INFO")
+    assert type(make_engine()) is PureEngine
+    assert "the native engine cannot run: no libcrypto 3.0 or later" in caplog.text
 
 
 @pytest.mark.usefixtures("not_built")
