@@ -33,6 +33,15 @@ def test_a_hangup_while_the_program_loads_does_not_end_it(portal, start):
     gateway.wait_ready()
 
 
+@pytest.fixture
+def default_hangup():
+    """Started by nohup, all that the tests start would ignore a hangup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("default_hangup")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_command_ends_by_signals_as_commands_do(namespace, portal, start, number):
     gateway = start(portal=portal)
