@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, Self
 
 from tests.lab.portal_client import TOKEN, PortalProcess
+from tests.lab.ports import free_port
 from tests.lab.process import lab_environment
 from tests.lab.relay_client import RelayProcess
 from tests.lab.secrets import WATCH
@@ -219,7 +220,7 @@ class World:
                 name=f"{program}-{address}",
                 ipv4=address,
                 ipv6=ipv6 if program == "relay" else None,
-                port=_free_port(address),
+                port=free_port(address),
                 portal_url=self.portal.url,
                 loopback_peers=True,
             )
@@ -234,12 +235,6 @@ class World:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _free_port(address: str) -> int:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.bind((address, 0))
-        return int(probe.getsockname()[1])
 
 
 async def exchange(device: Device, tun: Tun, *, size: int = 100) -> None:

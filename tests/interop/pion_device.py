@@ -11,6 +11,7 @@ from tests.interop.loopback import CLIENT4, CLIENT6, PATIENCE_S, World
 from tests.interop.pion.program import PionAgent, PionTurn
 from tests.interop.portal_device import PortalDevice
 from tests.interop.wireguard_go.program import WireguardGo
+from tests.lab.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -25,10 +26,8 @@ class PionWorld(World):
         super().__init__(gateway_relay="pion", client_relay="pion")
 
     def _relay(self, program: str, address: str, ipv6: str | None = None) -> Any:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.bind((address, 0))
-            port = probe.getsockname()[1]
-        return self._stack.enter_context(PionTurn(ipv4=address, port=port, portal_url=self.portal.url))
+        turn = PionTurn(ipv4=address, port=free_port(address), portal_url=self.portal.url)
+        return self._stack.enter_context(turn)
 
 
 class PionDevice(PortalDevice):

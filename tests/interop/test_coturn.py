@@ -21,6 +21,7 @@ from fzg.wire.endpoint import Endpoint
 from tests.lab import stun
 from tests.lab.coturn import Coturn
 from tests.lab.derivations import TurnCredentials, turn_credentials
+from tests.lab.ports import free_port
 from tests.lab.relay_client import RelayProcess
 
 if TYPE_CHECKING:
@@ -185,10 +186,7 @@ def coturn(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def start_coturn(directory: Path, *, port: int = 0, **options: int) -> tuple[Coturn, Server]:
     """A running coturn, on a free port unless one is given."""
-    if not port:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.bind(("127.0.0.3", 0))
-            port = probe.getsockname()[1]
+    port = port or free_port("127.0.0.3")
     running = Coturn(directory, ipv4="127.0.0.3", port=port, loopback_peers=True, **options)
 
     def credentials() -> TurnCredentials:

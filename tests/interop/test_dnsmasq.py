@@ -13,6 +13,7 @@ import pytest
 
 from fzg.host import resolver as resolver_module
 from fzg.host.resolver import Resolver
+from tests.lab.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,9 +52,7 @@ class Dnsmasq:
     """A running dnsmasq. `silent` is a name server that never answers, to which it forwards one name."""
 
     def __init__(self, directory: Path) -> None:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port("127.0.0.1")
         self.silent = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.silent.bind(("127.0.0.1", 0))
         configuration = directory / "dnsmasq.conf"

@@ -19,6 +19,7 @@ from tests.interop.loopback import World, exchange
 from tests.interop.pion.program import PionTurn, build
 from tests.interop.pion_device import PionDevice, PionWorld
 from tests.interop.wireguard_go.program import build as build_wireguard_go
+from tests.lab.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -121,10 +122,7 @@ class Gateway:
 
 @pytest.fixture
 def server() -> Iterator[PionTurn]:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with PionTurn(ipv4="127.0.0.1", port=port) as server:
+    with PionTurn(ipv4="127.0.0.1", port=free_port("127.0.0.1")) as server:
         yield server
 
 

@@ -23,6 +23,7 @@ from websockets.http11 import Request, Response
 
 from tests.lab.portal_channel import Channel, FrameError, Kind
 from tests.lab.portal_orders import Orders
+from tests.lab.ports import free_port
 
 if TYPE_CHECKING:
     import ssl
@@ -83,10 +84,10 @@ class Portal(Orders):
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self, addresses: list[tuple[str, int]]) -> None:
-        """Listen on each (host, port); port 0 picks one, the same for all that follow."""
-        self._addresses = []
-        for host, wanted in addresses:
-            port = wanted or (self._addresses[-1][1] if self._addresses else 0)
+        """Listen on each (host, port); port 0 picks one, the same for all that have it."""
+        picked = free_port(*(host for host, port in addresses if not port))
+        self._addresses = [(host, port or picked) for host, port in addresses]
+        for host, port in self._addresses:
             server = await serve(
                 self._serve,
                 host,
@@ -101,7 +102,6 @@ class Portal(Orders):
                 server_header=None,
             )
             self._servers.append(server)
-            self._addresses.append((host, next(iter(server.sockets)).getsockname()[1]))
         self.ports = [port for _, port in self._addresses]
 
     async def restart(self) -> None:

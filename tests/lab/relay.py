@@ -22,6 +22,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from tests.lab import derivations, stun
+from tests.lab.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -129,10 +130,10 @@ class Relay:
 
     def open(self) -> None:
         """Bind the listening sockets; port 0 picks one for both families."""
+        self.port = self.port or free_port(*filter(None, self.addresses.values()))
         for version, address in self.addresses.items():
             if address is not None:
                 sock = _udp_socket(address, self.port)
-                self.port = sock.getsockname()[1]
                 self._listeners[version] = sock
                 self._selector.register(sock, selectors.EVENT_READ, lambda sock=sock: self._on_client(sock))
 

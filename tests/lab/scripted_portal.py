@@ -22,6 +22,7 @@ from websockets.frames import Frame, Opcode
 from websockets.http11 import Request, Response
 from websockets.server import ServerProtocol
 
+from tests.lab.ports import free_port
 from tests.lab.secrets import WATCH
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class ScriptedPortal:
         """Called with each text frame of the gateway, after it was noted."""
         self._silenced: list[Any] = []
         options = {"ssl_context": tls} if tls is not None else {}
-        self._server = StreamServer((host, port), self._serve, **options)
+        self._server = StreamServer((host, port or free_port(host)), self._serve, **options)
         self._server.start()
         self.port: int = self._server.server_port
 

@@ -20,6 +20,7 @@ from fzg.wire.endpoint import Endpoint
 from tests.lab import coturn, derivations, stun
 from tests.lab.phoenix import PhoenixSocket
 from tests.lab.portal_client import PortalProcess
+from tests.lab.ports import free_port
 from tests.lab.relay_client import RelayProcess
 
 KEY = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="
@@ -36,19 +37,13 @@ def lab_relay():
 
 @pytest.fixture(scope="module")
 def coturn_relay():
-    with RelayProcess(program="coturn", name="coturn", port=_free_port(), loopback_peers=True) as relay:
+    with RelayProcess(program="coturn", name="coturn", port=free_port("127.0.0.1"), loopback_peers=True) as relay:
         yield relay
 
 
 @pytest.fixture(params=["relay", pytest.param("coturn", marks=needs_coturn)])
 def relay(request):
     return request.getfixturevalue("lab_relay" if request.param == "relay" else "coturn_relay")
-
-
-def _free_port() -> int:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def credentials(relay: RelayProcess, expiry: int = FUTURE, key: str = KEY) -> derivations.TurnCredentials:
@@ -369,7 +364,7 @@ def test_a_device_can_use_the_credentials_that_the_portal_hands_it_at_once(progr
     with (
         PortalProcess() as portal,
         RelayProcess(
-            program=program, name="relay-1", port=_free_port(), portal_url=portal.url, loopback_peers=True
+            program=program, name="relay-1", port=free_port("127.0.0.1"), portal_url=portal.url, loopback_peers=True
         ) as relay,
     ):
         portal.wait_relays(1)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 from gevent.threadpool import ThreadPool
 
@@ -18,9 +16,3 @@ class Gateway:
 @pytest.fixture(name="threads", scope="module")
 def threads_fixture():
     return ThreadPool(1)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

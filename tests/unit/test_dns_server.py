@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket as stdlib_socket
 import time
 from ipaddress import ip_address
 
@@ -19,24 +18,10 @@ from fzg.host.dns_server import DnsServer
 from fzg.host.errors import HostError
 from fzg.host.nameservers import Nameservers, Probe, Ranking, Upstream
 from fzg.host.resolver import Resolver
+from tests.lab.ports import free_port
 from tests.lab.scripted_portal import wait_until
 
 HERE, THERE = "127.0.0.11", "127.0.0.12"
-
-
-def free_port(*hosts):
-    """A port that is free over UDP and TCP on all of the hosts."""
-    while True:
-        with stdlib_socket.create_server((hosts[0], 0)) as first:
-            port = first.getsockname()[1]
-        try:
-            for host in hosts:
-                stdlib_socket.create_server((host, port)).close()
-                with stdlib_socket.socket(stdlib_socket.AF_INET, stdlib_socket.SOCK_DGRAM) as udp:
-                    udp.bind((host, port))
-        except OSError:
-            continue
-        return port
 
 
 class Nameserver:

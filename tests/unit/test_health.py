@@ -14,13 +14,14 @@ from gevent import socket as gevent_socket
 from fzg.ops import health
 from fzg.ops.health import Health
 from fzg.wire.endpoint import Endpoint
-from tests.unit.health_world import Gateway, free_port, threads_fixture  # noqa: F401
+from tests.lab.ports import free_port
+from tests.unit.health_world import Gateway, threads_fixture  # noqa: F401
 
 
 @pytest.fixture
 def endpoint(threads):
     """A started server; calling it does one request and gives status, headers and body."""
-    port = free_port()
+    port = free_port("127.0.0.1")
     gateway = Gateway()
     server = Health(Endpoint.parse(f"127.0.0.1:{port}"), gateway.not_ready_because)
     server.start()
@@ -116,7 +117,7 @@ def test_an_address_that_the_host_does_not_have_is_a_warning_too(caplog):
 
 
 def test_it_listens_on_ipv6(threads):
-    port = free_port()
+    port = free_port("127.0.0.1")
     server = Health(Endpoint.parse(f"[::1]:{port}"), Gateway().not_ready_because)
     server.start()
     with gevent_socket.create_connection(("::1", port)) as connection:

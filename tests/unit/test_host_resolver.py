@@ -16,6 +16,7 @@ import pytest
 
 from fzg.host import resolver as resolver_module
 from fzg.host.resolver import Resolver
+from tests.lab.ports import free_port
 
 
 class Nameserver:
@@ -25,8 +26,8 @@ class Nameserver:
         self.zone = {}
         self.questions = []
         self.truncate = False
-        self.tcp = socket.create_server((address, port))
-        self.port = self.tcp.getsockname()[1]
+        self.port = port or free_port(address)
+        self.tcp = socket.create_server((address, self.port))
         self.udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.udp.bind((address, self.port))
         for target in (self._serve_udp, self._serve_tcp):

@@ -11,12 +11,13 @@ from gevent.threadpool import ThreadPool
 from fzg import commands
 from fzg.ops.health import Health
 from fzg.wire.endpoint import Endpoint
-from tests.unit.health_world import Gateway, free_port, threads_fixture  # noqa: F401
+from tests.lab.ports import free_port
+from tests.unit.health_world import Gateway, threads_fixture  # noqa: F401
 
 
 @pytest.fixture
 def port():
-    return free_port()
+    return free_port("127.0.0.1")
 
 
 @pytest.fixture(params=["127.0.0.1", "0.0.0.0", "[::1]"])
