@@ -97,7 +97,7 @@ class Capture:
     def __init__(self, namespace: Namespace, interface: str) -> None:
         self.packets: list[Packet] = []
         with inside(namespace):
-            self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(_ETH_P_ALL))
+            self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0)  # nothing of any interface until bound
         self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 64 << 20)
         self._socket.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
         self._socket.setsockopt(_SOL_PACKET, _PACKET_AUXDATA, 1)
