@@ -29,7 +29,7 @@ pytestmark = [
 ]
 
 WEB, WEB6, BY_DNS = "http://10.20.0.100/get", "http://[10:20::100]/get", "http://web.test/get"
-LONG_DOWNLOAD = "http://download.httpbin/bytes?num=100000000"
+LONG_DOWNLOAD = "http://download.httpbin/bytes?num=1000000000"
 
 
 @pytest.fixture
