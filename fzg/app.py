@@ -383,12 +383,10 @@ class App:
 
     def _drain(self) -> None:
         """Carry out everything the core decided; called after every input, switches to no other greenlet."""
-        gateway, engine = self._gateway, self._engine
-        while (transmit := gateway.poll_transmit()) is not None:
-            engine.transmit(transmit)
+        self._pumps.queue_transmits()
         self._pumps.flush()
         self._carry_out()
-        deadline = gateway.poll_timeout()
+        deadline = self._gateway.poll_timeout()
         if deadline is not None and deadline.at < self._armed_at:
             self._wake.set()
 
@@ -513,8 +511,7 @@ class App:
         self._notifier.stopping()
         self._portal.close(wait=GOODBYE_FLUSH)
         self._gateway.shutdown(clock.now())
-        while (transmit := self._gateway.poll_transmit()) is not None:
-            self._engine.transmit(transmit)
+        self._pumps.queue_transmits()
         self._engine.flush()
         self._carry_out()
         self._health.stop()

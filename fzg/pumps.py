@@ -62,6 +62,14 @@ class Pumps:
             self._congested.clear()
             self._flowing.set()
 
+    def queue_transmits(self) -> bool:
+        """Give the engine what the core has said so far, if anything."""
+        said = False
+        while (transmit := self._gateway.poll_transmit()) is not None:
+            self._engine.transmit(transmit)
+            said = True
+        return said
+
     def flush(self) -> None:
         """Write what the engine has queued; what the kernel does not take now is left to the flusher. Never waits."""
         if not self._engine.flush():
@@ -87,12 +95,7 @@ class Pumps:
             self.flush()
 
     def _answer(self) -> None:
-        """Send what the core has said so far."""
-        answered = False
-        while (transmit := self._gateway.poll_transmit()) is not None:
-            self._engine.transmit(transmit)
-            answered = True
-        if answered:
+        if self.queue_transmits():
             self.flush()
 
 
